@@ -1,0 +1,140 @@
+"""Scores of each row against the uncached images and against the reference data, and the paired comparisons."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmark.measure import Run
+from xfuser.metrics import (
+    FeatureNetwork,
+    Interval,
+    Reference,
+    difference_interval,
+    frechet_interval,
+    gaussian,
+    kernel_distance,
+    mean_interval,
+    paired_frechet_difference,
+    paired_frechet_ratio,
+    psnr,
+    read_reference,
+    ssim,
+)
+from xfuser.model_executor.pipelines import LoadedPipeline
+
+SMALLEST_SAMPLE = 32  # below this a Fréchet distance in 64 dimensions says nothing
+
+
+class Judge:
+    """Scores runs. Without an evaluation folder only PSNR, SSIM and speed are known.
+
+    Args:
+        loaded: The model that was run.
+        conditions: The label or prompt of every image.
+        folder: Holds ``classifier.safetensors`` and ``reference.safetensors``.
+    """
+
+    def __init__(self, loaded: LoadedPipeline, conditions: list[Any], folder: Path | None) -> None:
+        self.conditions = conditions
+        self.labelled = loaded.spec.conditioned_on == "label"
+        self.network = FeatureNetwork.load(folder / "classifier.safetensors") if folder else None
+        self.reference: Reference | None = read_reference(folder / "reference.safetensors") if folder else None
+
+    def results(self, runs: list[Run], paths: dict[str, list[str]]) -> list[dict[str, Any]]:
+        """One entry a row, as the results file has it."""
+        uncached = runs[0]
+        features = {run.row.method: self._features(run) for run in runs}
+        return [self._result(run, uncached, features, paths[run.row.method]) for run in runs]
+
+    def comparisons(self, runs: list[Run]) -> list[dict[str, Any]]:
+        """Each corrected row against its base, and against its base with the same approximation."""
+        by_method = {run.row.method: run for run in runs}
+        pairs = []
+        for run in runs:
+            if run.row.config.mode is None:
+                continue
+            stand_in = f"{run.row.base}[{run.row.config.stand_in}]"
+            pairs += [(run, by_method[name]) for name in (run.row.base, stand_in) if name in by_method]
+        return [self._compare(run, against, runs[0]) for run, against in pairs]
+
+    def _result(
+        self, run: Run, uncached: Run, features: dict[str, np.ndarray | None], paths: list[str]
+    ) -> dict[str, Any]:
+        mine, theirs = features[run.row.method], features[uncached.row.method]
+        is_uncached = run is uncached
+        scores: dict[str, Any] = dict.fromkeys(("fid", "fid_vs_uncached", "kid", "class_accuracy"))
+        if mine is not None and theirs is not None and self.reference is not None and len(mine) >= SMALLEST_SAMPLE:
+            fid = frechet_interval(mine, self.reference.mean, self.reference.covariance)
+            scores["fid"] = fid.to_dict()
+            scores["kid"] = {"value": kernel_distance(mine, self.reference.features), "low": None, "high": None}
+            if not is_uncached:
+                scores["fid_vs_uncached"] = frechet_interval(mine, *gaussian(theirs)).to_dict()
+        if self.network is not None and self.labelled:
+            scores["class_accuracy"] = mean_interval(self._recognised(run)).to_dict()
+        quality = {"psnr": None, "ssim": None}
+        if not is_uncached:
+            quality["psnr"] = mean_interval(psnr(run.pixels, uncached.pixels)).to_dict()
+            quality["ssim"] = mean_interval(ssim(run.pixels, uncached.pixels)).to_dict()
+        return {
+            "method": run.row.method,
+            "base": run.row.base,
+            "settings": _settings(run),
+            **scores,
+            **quality,
+            "images_per_second": run.images_per_second,
+            "seconds": run.seconds,
+            "speedup": uncached.seconds / run.seconds,
+            "hit_rate": float(np.average(run.hit_rates, weights=run.batch_sizes)),
+            "flops_saved": float(np.average(run.flops_saved, weights=run.batch_sizes)),
+            "non_finite": run.non_finite,
+            "prediction_coverage": float(np.mean(run.coverage)) if run.coverage else None,
+            "images": paths,
+        }
+
+    def _compare(self, run: Run, against: Run, uncached: Run) -> dict[str, Any]:
+        ours, theirs = (psnr(each.pixels, uncached.pixels) for each in (run, against))
+        ratio: Interval | None = None
+        fid_difference: Interval | None = None
+        if self.network is not None and self.reference is not None and len(ours) >= SMALLEST_SAMPLE:
+            a, b, reference = (self._features(each) for each in (run, against, uncached))
+            ratio = paired_frechet_ratio(a, b, reference)
+            fid_difference = paired_frechet_difference(a, b, self.reference.mean, self.reference.covariance)
+        return {
+            "method": run.row.method,
+            "against": against.row.method,
+            "psnr_difference": difference_interval(ours, theirs).to_dict(),
+            "fid_vs_uncached_ratio": ratio.to_dict() if ratio else None,
+            "fid_difference": fid_difference.to_dict() if fid_difference else None,
+            "images_per_second_ratio": run.images_per_second / against.images_per_second,
+        }
+
+    @torch.no_grad()
+    def _features(self, run: Run) -> np.ndarray | None:
+        if self.network is None:
+            return None
+        return torch.cat([self.network(batch) for batch in _tensors(run.pixels)]).numpy()
+
+    @torch.no_grad()
+    def _recognised(self, run: Run) -> np.ndarray:
+        logits = torch.cat([self.network.classify(batch) for batch in _tensors(run.pixels)])
+        return (logits.argmax(1) == torch.tensor(self.conditions)).double().numpy()
+
+
+def _tensors(pixels: np.ndarray) -> list[torch.Tensor]:
+    return list(torch.from_numpy(pixels).permute(0, 3, 1, 2).split(256))
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    settings = {name: value for name, value in vars(run.row.config).items() if value is not None}
+    if run.row.base is None:
+        return {}
+    settings["approximation"] = run.row.config.stand_in
+    if run.row.config.mode is not None:
+        settings["adacorr_mode"] = run.row.config.mode
+    if run.row.matched:
+        settings["adacorr_budget"] = "the base method's own share, batch by batch"
+    return settings

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Lint and test: bash scripts/test.sh [pytest arguments]
+# Sets up its own environment in .venv-test (or XFUSER_VENV); other settings: scripts/environment.sh.
+set -euo pipefail
+# shellcheck source=scripts/environment.sh
+. "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
+
+prepare_environment "${XFUSER_VENV:-$ROOT/.venv-test}" ".[test]"
+cd -- "$ROOT"
+
+say "ruff check"
+"$VENV_PYTHON" -m ruff check .
+say "ruff format --check"
+"$VENV_PYTHON" -m ruff format --check .
+say "pytest with OMP_NUM_THREADS=$OMP_NUM_THREADS"
+"$VENV_PYTHON" -m pytest "$@"

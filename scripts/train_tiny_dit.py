@@ -1,0 +1,343 @@
+"""Train ``tiny-dit``, the small class-conditional diffusion transformer that ships with xfuser.
+
+Stages, each resumable: ``classifier`` (the feature network that judges images), ``autoencoder`` (an AutoencoderKL
+with smooth, normalised latents), ``transformer`` (velocity prediction, see below) and ``export`` (a complete
+diffusers.DiTPipeline folder in half precision, and the reference statistics for FID and KID).
+
+    python scripts/train_tiny_dit.py --data fashion_mnist.npz
+
+The transformer predicts v = alpha * noise - sigma * x (Salimans and Ho, arXiv 2202.00512) at logit-normal times
+(Esser et al., arXiv 2403.03206), with labels dropped outside of the model, because each block of
+DiTTransformer2DModel embeds the labels for itself and would drop them block by block.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from xfuser.metrics.features import FeatureNetwork
+
+CLASS_NAMES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+NULL_LABEL = 1000  # DiTPipeline writes this number into the unconditional half of the batch
+STAGES = ("classifier", "autoencoder", "transformer", "export")
+
+
+def load_images(path: Path, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images padded to 32 x 32, uint8 [N, 1, 32, 32], and labels [N]."""
+    with np.load(path) as archive:
+        images = torch.from_numpy(archive[f"{split}_images"])
+        labels = torch.from_numpy(archive[f"{split}_labels"]).long()
+    return F.pad(images[:, None], (2, 2, 2, 2)), labels
+
+
+def unit(images: torch.Tensor) -> torch.Tensor:
+    return images.float() / 255
+
+
+def replace_file(path: Path, write: Callable[[Path], None]) -> None:
+    temporary = path.with_name(f".{path.name}.partial")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+class Training:
+    """One stage's loop: batches that depend on the seed and step only, EMA, checkpoints that resume."""
+
+    def __init__(
+        self, name: str, module: nn.Module, args: argparse.Namespace, *, steps: int, learning_rate: float, ema: float
+    ) -> None:
+        self.name, self.module, self.args, self.steps, self.ema_decay = name, module, args, steps, ema
+        self.learning_rate = learning_rate
+        self.optimizer = torch.optim.AdamW(
+            module.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+        )
+        self.ema = {key: value.detach().clone().float() for key, value in module.state_dict().items()}
+        self.path = args.workdir / f"{name}.safetensors"
+        self.step = 0
+        if self.path.exists():
+            self._restore()
+
+    def run(self, loss_at: Callable[[torch.Tensor, torch.Generator], torch.Tensor], size: int) -> None:
+        """Train to the last step. ``loss_at(indices, generator)`` returns the loss of one batch."""
+        columns = (TextColumn(f"{self.name:12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, TextColumn("loss {task.fields[loss]:.4f}")) as progress:
+            task = progress.add_task(self.name, total=self.steps, completed=self.step, loss=float("nan"))
+            average = None
+            while self.step < self.steps:
+                generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.step)
+                indices = torch.randint(0, size, (self.args.batch_size,), generator=generator)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self.learning_rate * self._schedule()
+                loss = loss_at(indices, generator)
+                loss.backward()
+                nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+                self.step += 1
+                self._update_ema()
+                average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
+                progress.update(task, completed=self.step, loss=average)
+                if self.step % self.args.checkpoint_every == 0 or self.step == self.steps:
+                    self._save()
+                    progress.console.print(f"{self.name} step {self.step} loss {average:.4f}")
+
+    def averaged(self) -> nn.Module:
+        """The module with its averaged weights, in evaluation mode."""
+        self.module.load_state_dict(self.ema)
+        return self.module.eval().requires_grad_(False)
+
+    def _schedule(self) -> float:
+        warmup = min(1.0, (self.step + 1) / 100)
+        return warmup * 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
+
+    @torch.no_grad()
+    def _update_ema(self) -> None:
+        decay = min(self.ema_decay, self.step / (self.step + 10))
+        for key, value in self.module.state_dict().items():
+            if value.is_floating_point():
+                self.ema[key].lerp_(value.float(), 1 - decay)
+            else:
+                self.ema[key].copy_(value)
+
+    def _save(self) -> None:
+        tensors = {f"module.{key}": value.contiguous() for key, value in self.module.state_dict().items()}
+        tensors |= {f"ema.{key}": value.contiguous() for key, value in self.ema.items()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{key}": value.contiguous() for key, value in state.items()}
+        metadata = {"step": str(self.step)}
+        replace_file(self.path, lambda path: save_file(tensors, path, metadata=metadata))
+
+    def _restore(self) -> None:
+        tensors = load_file(self.path)
+        pick = lambda prefix: {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}  # noqa: E731
+        self.module.load_state_dict(pick("module."))
+        self.ema = {key: value.clone() for key, value in pick("ema.").items()}
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for key, value in pick("optimizer.").items():
+            index, name = key.split(".")
+            state.setdefault(int(index), {})[name] = value
+            self.step = int(state[int(index)].get("step", torch.tensor(self.step)))
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
+
+def train_classifier(args: argparse.Namespace) -> FeatureNetwork:
+    images, labels = load_images(args.data, "train")
+    training = Training(
+        "classifier", FeatureNetwork(), args, steps=args.classifier_steps, learning_rate=2e-3, ema=0.995
+    )
+
+    def loss_at(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        batch = F.pad(unit(images[indices]), (2, 2, 2, 2))
+        top, left = torch.randint(0, 5, (2,), generator=generator).tolist()
+        batch = batch[..., top : top + 32, left : left + 32]
+        return F.cross_entropy(training.module.classify(batch), labels[indices], label_smoothing=0.05)
+
+    training.run(loss_at, len(images))
+    return training.averaged()
+
+
+def build_autoencoder() -> AutoencoderKL:
+    return AutoencoderKL(
+        in_channels=1,
+        out_channels=1,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 64),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=32,
+        scaling_factor=1.0,
+    )
+
+
+def train_autoencoder(args: argparse.Namespace, judge: FeatureNetwork) -> AutoencoderKL:
+    images, _ = load_images(args.data, "train")
+    training = Training(
+        "autoencoder", build_autoencoder(), args, steps=args.autoencoder_steps, learning_rate=2e-3, ema=0.995
+    )
+    vae = training.module
+
+    def loss_at(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        target = unit(images[indices])
+        posterior = vae.encode(target * 2 - 1).latent_dist
+        decoded = vae.decode(posterior.sample(generator=generator)).sample / 2 + 0.5
+        with torch.no_grad():
+            wanted = judge.maps(target)
+        seen = judge.maps(decoded)
+        perceptual = sum(F.l1_loss(a, b) / b.abs().mean() for a, b in zip(seen, wanted, strict=True))
+        divergence = posterior.kl().mean() / posterior.mean[0].numel()
+        return 2 * F.l1_loss(decoded, target) + 0.05 * perceptual + 5e-3 * divergence
+
+    training.run(loss_at, len(images))
+    return training.averaged()
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+    batches = [vae.encode(unit(batch) * 2 - 1).latent_dist.mode() for batch in images.split(256)]
+    return torch.cat(batches)
+
+
+@torch.no_grad()
+def normalise_latents(vae: AutoencoderKL, images: torch.Tensor) -> None:
+    """Fold each latent channel's mean and deviation into the 1 x 1 convolutions around the latents.
+
+    DiTPipeline knows one scaling factor for all channels and no shift, so the latents themselves must be standard.
+    """
+    latents = encode_images(vae, images)
+    mean, deviation = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
+    channels = len(mean)
+    quant, post = vae.quant_conv, vae.post_quant_conv
+    post.bias += post.weight[:, :, 0, 0] @ mean
+    post.weight *= deviation[None, :, None, None]
+    quant.bias[:channels] = (quant.bias[:channels] - mean) / deviation
+    quant.weight[:channels] /= deviation[:, None, None, None]
+    quant.bias[channels:] -= 2 * deviation.log()
+
+
+def build_scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        timestep_spacing="trailing",
+    )
+
+
+def build_transformer(args: argparse.Namespace) -> DiTTransformer2DModel:
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=4,
+        attention_head_dim=24,
+        in_channels=4,
+        out_channels=4,
+        num_layers=12,
+        sample_size=8,
+        patch_size=1,
+        num_embeds_ada_norm=NULL_LABEL,
+    )
+    # Each block starts as the identity and the output as zero (DiT, arXiv 2212.09748, section 3.2).
+    for block in transformer.transformer_blocks:
+        nn.init.zeros_(block.norm1.linear.weight)
+        nn.init.zeros_(block.norm1.linear.bias)
+        nn.init.normal_(block.norm1.emb.class_embedder.embedding_table.weight, std=0.02)
+    for layer in (transformer.proj_out_1, transformer.proj_out_2):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    # Evaluation mode switches off nothing but the label dropout inside the blocks.
+    return transformer.eval()
+
+
+def train_transformer(args: argparse.Namespace, vae: AutoencoderKL) -> DiTTransformer2DModel:
+    images, labels = load_images(args.data, "train")
+    latents = encode_images(vae, images)
+    training = Training(
+        "transformer", build_transformer(args), args, steps=args.transformer_steps, learning_rate=1e-3, ema=0.998
+    )
+    scheduler = build_scheduler()
+    times = scheduler.config.num_train_timesteps
+
+    def loss_at(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        clean = latents[indices]
+        noise = torch.randn(clean.shape, generator=generator)
+        uniform = torch.randn(len(indices), generator=generator).sigmoid()
+        timestep = (uniform * times).long().clamp(0, times - 1)
+        dropped = torch.rand(len(indices), generator=generator) < 0.1
+        label = labels[indices].masked_fill(dropped, NULL_LABEL)
+        noisy = scheduler.add_noise(clean, noise, timestep)
+        target = scheduler.get_velocity(clean, noise, timestep)
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16"):
+            predicted = training.module(noisy, timestep, label).sample
+        return F.mse_loss(predicted.float(), target)
+
+    training.run(loss_at, len(images))
+    return training.averaged()
+
+
+def export(args: argparse.Namespace, judge: FeatureNetwork, vae: AutoencoderKL, dit: DiTTransformer2DModel) -> None:
+    from xfuser.metrics.reference import write_reference
+
+    pipeline = DiTPipeline(transformer=dit.half(), vae=vae.half(), scheduler=build_scheduler())
+    pipeline.save_pretrained(args.output, safe_serialization=True)
+    index = args.output / "model_index.json"
+    described = json.loads(index.read_text()) | {"id2label": {str(i): name for i, name in enumerate(CLASS_NAMES)}}
+    replace_file(index, lambda path: path.write_text(json.dumps(described, indent=2) + "\n"))
+    folder = args.output / "evaluation"
+    folder.mkdir(exist_ok=True)
+    weights = {key: value.half() if value.is_floating_point() else value for key, value in judge.state_dict().items()}
+    replace_file(folder / "classifier.safetensors", lambda path: save_file(weights, path))
+    network = FeatureNetwork.load(folder / "classifier.safetensors")
+    images, labels = load_images(args.data, "test")
+    predicted = torch.cat([network.classify(unit(batch)).argmax(1) for batch in images.split(512)])
+    accuracy = (predicted == labels).float().mean().item()
+    features = torch.cat([network(unit(batch)) for batch in images.split(512)])
+    write_reference(folder / "reference.safetensors", features, {"test_accuracy": f"{accuracy:.4f}"})
+    print(f"exported to {args.output}; the classifier's test accuracy is {accuracy:.4f}")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    default_output = Path(__file__).resolve().parent.parent / "xfuser" / "assets" / "tiny-dit"
+    parser.add_argument("--data", type=Path, required=True, help="fashion_mnist.npz (train_images, train_labels, …)")
+    parser.add_argument(
+        "--output", type=Path, default=default_output, help="the pipeline folder (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--workdir", type=Path, default=Path("runs/tiny-dit"), help="checkpoints (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--until", choices=STAGES, default="export", help="the last stage to run (default: %(default)s)"
+    )
+    parser.add_argument("--classifier_steps", type=int, default=3000, help="batches (default: %(default)s)")
+    parser.add_argument("--autoencoder_steps", type=int, default=600, help="batches (default: %(default)s)")
+    parser.add_argument("--transformer_steps", type=int, default=3000, help="batches (default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=64, help="images a batch (default: %(default)s)")
+    parser.add_argument("--checkpoint_every", type=int, default=100, help="batches (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all, %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "bf16", "fp32"),
+        default="auto",
+        help="autocast of the transformer; auto takes bf16 where the processor multiplies it natively",
+    )
+    args = parser.parse_args()
+    if not args.data.is_file():
+        parser.error(f"--data: no file {args.data}")
+    if args.precision == "auto":
+        args.precision = "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    args.workdir.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    last = STAGES.index(args.until)
+    judge = train_classifier(args)
+    if last >= 1:
+        vae = train_autoencoder(args, judge)
+        normalise_latents(vae, load_images(args.data, "train")[0][:8192])
+    if last >= 2:
+        dit = train_transformer(args, vae)
+    if last >= 3:
+        export(args, judge, vae, dit)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""Image quality: distances between distributions of features, similarity of image pairs, and their uncertainty."""
+
+from xfuser.metrics.bootstrap import (
+    Interval,
+    difference_interval,
+    frechet_interval,
+    mean_interval,
+    paired_frechet_difference,
+    paired_frechet_ratio,
+)
+from xfuser.metrics.distribution import frechet_distance, gaussian, kernel_distance
+from xfuser.metrics.features import FeatureNetwork
+from xfuser.metrics.reference import Reference, read_reference, write_reference
+from xfuser.metrics.similarity import psnr, ssim
+
+__all__ = [
+    "FeatureNetwork",
+    "Interval",
+    "Reference",
+    "difference_interval",
+    "frechet_distance",
+    "frechet_interval",
+    "gaussian",
+    "kernel_distance",
+    "mean_interval",
+    "paired_frechet_difference",
+    "paired_frechet_ratio",
+    "psnr",
+    "read_reference",
+    "ssim",
+    "write_reference",
+]

@@ -1,0 +1,88 @@
+"""How a diffusers transformer is described to the engine: names and facts, no control flow."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+Streams = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class ModelDeclaration:
+    """One model family, cut into blocks.
+
+    Attributes:
+        transformer_class: Name of the diffusers class.
+        block_lists: Attributes that hold the blocks, in the order in which they run.
+        streams: Names of the block arguments that carry tokens, ``hidden_states`` (the image) first.
+        returns: The same names in the order in which a block returns them.
+        modulated_input: From the first block and its bound arguments, what TeaCache compares: the input after the first
+            norm's scale and shift, of shape [B, P, D].
+        tea_coefficients: TeaCache's polynomial for this family, highest degree first; ``None`` where none is published
+            and the identity stands in, named as such.
+        between_blocks: Arguments of the transformer that add something between blocks (ControlNet). When one is given,
+            blocks are remembered one by one, since a residual of the whole stack would count the addition twice.
+        timestep_direction: -1 where the timestep that the transformer sees falls during a generation, +1 where it
+            rises.
+    """
+
+    transformer_class: str
+    block_lists: tuple[str, ...]
+    streams: tuple[str, ...]
+    returns: tuple[str, ...]
+    modulated_input: Callable[[nn.Module, Mapping[str, Any]], torch.Tensor]
+    tea_coefficients: tuple[float, ...] | None = None
+    between_blocks: tuple[str, ...] = ()
+    timestep_direction: int = -1
+
+    def blocks(self, transformer: nn.Module) -> list[nn.Module]:
+        """All blocks in the order in which they run."""
+        return [block for name in self.block_lists for block in getattr(transformer, name)]
+
+    def pack(self, streams: Streams) -> Any:
+        """What a block returns, from its streams in the declared order."""
+        if len(self.streams) == 1:
+            return streams[0]
+        by_name = dict(zip(self.streams, streams, strict=True))
+        return tuple(by_name[name] for name in self.returns)
+
+    def unpack(self, output: Any) -> Streams:
+        """The streams in the declared order, from what a block returned."""
+        if len(self.streams) == 1:
+            return (output[0] if isinstance(output, tuple) else output,)
+        by_name = dict(zip(self.returns, output, strict=True))
+        return tuple(by_name[name] for name in self.streams)
+
+    def check_return_order(self, hidden_states_first: bool | None) -> None:
+        """Refuse a claim about the return order that this family contradicts."""
+        if hidden_states_first is None or len(self.streams) == 1:
+            return
+        if hidden_states_first != (self.returns[0] == "hidden_states"):
+            raise ValueError(
+                f"return_hidden_states_first={hidden_states_first} does not fit {self.transformer_class}, "
+                f"whose blocks return ({', '.join(self.returns)}); leave it out or turn it round"
+            )
+
+
+class BoundArguments:
+    """Reads a forward call's arguments by name, whether they came by position or by keyword."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self._positions = {name: index for index, name in enumerate(inspect.signature(forward).parameters)}
+
+    def read(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The argument's value, ``None`` where the caller left it out."""
+        if name in kwargs:
+            return kwargs[name]
+        position = self._positions.get(name, len(args))
+        return args[position] if position < len(args) else None
+
+    def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """All arguments by name."""
+        return dict(zip(self._positions, args, strict=False)) | dict(kwargs)

@@ -1,0 +1,27 @@
+"""DiT (arXiv 2212.09748): one stream, one list of blocks, timestep and label embedded in every block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from xfuser.model_executor.adapters.declaration import ModelDeclaration
+
+
+def modulated_input(block: nn.Module, arguments: Mapping[str, Any]) -> torch.Tensor:
+    hidden_states = arguments["hidden_states"]
+    return block.norm1(
+        hidden_states, arguments["timestep"], arguments["class_labels"], hidden_dtype=hidden_states.dtype
+    )[0]
+
+
+DECLARATION = ModelDeclaration(
+    transformer_class="DiTTransformer2DModel",
+    block_lists=("transformer_blocks",),
+    streams=("hidden_states",),
+    returns=("hidden_states",),
+    modulated_input=modulated_input,
+)

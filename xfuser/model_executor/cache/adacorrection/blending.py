@@ -1,0 +1,79 @@
+"""``mode="blend"``: the published algorithm, exact. It always evaluates, so it is slower than no cache."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from xfuser.config import CacheConfig
+from xfuser.core.distributed.statistics import SumExchange
+from xfuser.model_executor.adapters import Streams
+from xfuser.model_executor.cache.adacorrection.correction import blend, blend_sums, correction_weight
+from xfuser.model_executor.cache.adacorrection.offset import absolute_score, relative_score
+from xfuser.model_executor.cache.approximation import extrapolation_weights
+from xfuser.model_executor.cache.memory import BranchMemory
+from xfuser.model_executor.cache.plan import StepPlan
+from xfuser.model_executor.cache.review import Review, Reviewer, StepContext
+
+
+@dataclass(frozen=True)
+class Correction:
+    """One block's blended output, its weight w and its offset score S (NaN where nothing was remembered)."""
+
+    outputs: Streams
+    weight: float
+    score: float
+
+
+class BlendReviewer(Reviewer):
+    """Evaluates every block and blends it with the remembered activation by the current offset (equations 1 to 5).
+
+    What is remembered for the next step is the blended output. The sums of the current step are needed before the next
+    block can run, so every block has an exchange of its own.
+    """
+
+    blends: ClassVar[bool] = True
+
+    def __init__(self, config: CacheConfig) -> None:
+        self.config = config
+
+    def new_state(self, units: int) -> list[float]:
+        """Per unit, the spatial variation of the step before."""
+        return [math.nan] * units
+
+    def review(self, state: Any, context: StepContext) -> Review:
+        return Review(StepPlan.whole(context.units, True), (math.nan,) * context.units)
+
+    def correct(
+        self,
+        state: list[float],
+        unit: int,
+        step: int,
+        inputs: Streams,
+        fresh: Streams,
+        memory: BranchMemory,
+        exchange: SumExchange,
+        order: int,
+    ) -> Correction:
+        """Blend one block's fresh output with what is remembered of it."""
+        previous = memory.references[unit][0].inputs[0] if memory.usable(unit) else inputs[0]
+        tokens, drift, spatial, norm = exchange.sum(blend_sums(inputs[0], previous))
+        spatial_variation, reference_spatial = spatial / tokens, state[unit]
+        state[unit] = spatial_variation
+        if not memory.usable(unit):
+            return Correction(fresh, math.nan, math.nan)
+        if self.config.adacorr_score == "absolute":
+            score = absolute_score(drift / tokens, spatial_variation, self.config.adacorr_lambda)
+        else:
+            root_mean_square = norm / tokens / math.sqrt(inputs[0].shape[-1])
+            relative_drift = drift / norm if norm > 0 else 0.0
+            score = relative_score(
+                relative_drift, spatial_variation, reference_spatial, root_mean_square, self.config.adacorr_lambda
+            )
+        weight = correction_weight(score, self.config.adacorr_gamma)
+        if self.config.stand_in == "activation":
+            cached = memory.activation(unit)
+        else:
+            cached = memory.stand_in(unit, unit, inputs, extrapolation_weights(step, memory.nodes(unit), order))
+        return Correction(blend(cached, fresh, weight), weight, score)

@@ -1,0 +1,63 @@
+"""The two ways to switch caching on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from xfuser.config import CacheConfig
+from xfuser.model_executor.adapters import declaration_of
+from xfuser.model_executor.cache.attach import is_attached
+from xfuser.model_executor.cache.engine import CacheEngine
+
+
+def apply_cache_on_transformer(transformer: nn.Module, use_cache: str | None = None, **settings: Any) -> CacheEngine:
+    """Attach a cache method, and AdaCorrection if asked for, to a diffusers transformer.
+
+    Generations, steps and conditioning branches are inferred from the timesteps. Where a pipeline is at hand,
+    `apply_cache_on_pipeline` knows them instead.
+
+    Args:
+        transformer: ``pipeline.transformer`` of a supported diffusers pipeline.
+        use_cache: The base method: ``None``, ``"Tea"`` or ``"Fb"``.
+        **settings: The other fields of `CacheConfig`.
+
+    Returns:
+        The attached engine: ``summary()``, ``reset()``, ``remove()``.
+
+    Raises:
+        TypeError: Unknown setting, or a transformer that is not supported.
+        ValueError: A value out of its range, or an engine is attached already. Nothing has been changed then.
+    """
+    config = CacheConfig.from_keywords(use_cache=use_cache, **settings)
+    return _attach(transformer, config, None)
+
+
+def apply_cache_on_pipeline(pipeline: Any, use_cache: str | None = None, **settings: Any) -> CacheEngine:
+    """Attach a cache method to a diffusers pipeline; its scheduler marks generations and steps.
+
+    Arguments, result and errors are those of `apply_cache_on_transformer`.
+    """
+    config = CacheConfig.from_keywords(use_cache=use_cache, **settings)
+    transformer = getattr(pipeline, "transformer", None)
+    if transformer is None:
+        raise TypeError(f"{type(pipeline).__name__} has no transformer; caching needs a pipeline with one")
+    return _attach(transformer, config, getattr(pipeline, "scheduler", None))
+
+
+def _attach(transformer: Any, config: CacheConfig, scheduler: Any) -> CacheEngine:
+    declaration = declaration_of(transformer)
+    declaration.check_return_order(config.return_hidden_states_first)
+    if is_attached(transformer):
+        raise ValueError(
+            f"this {type(transformer).__name__} has a cache attached already; call remove() on its engine first"
+        )
+    if scheduler is not None and is_attached(scheduler, "step"):
+        raise ValueError(
+            "this scheduler belongs to a pipeline with a cache attached; call remove() on its engine first"
+        )
+    engine = CacheEngine(transformer, declaration, config)
+    if scheduler is not None:
+        engine.watch_scheduler(scheduler)
+    return engine

@@ -1,0 +1,61 @@
+"""Puts the engine's forward in place of a module's own, on the instance, and takes it away without a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from torch import nn
+
+_ABSENT = object()
+
+
+class Replacement:
+    """One attribute of one object, replaced by a wrapper that knows the original."""
+
+    def __init__(self, owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        self._owner, self._name = owner, name
+        self._previous = vars(owner).get(name, _ABSENT)
+        self.original = getattr(owner, name)
+        wrapper = wrap(self.original)
+        # inspect.signature follows __wrapped__: pipelines look at the parameters of what they call.
+        wrapper.__wrapped__ = self.original  # type: ignore[attr-defined]
+        wrapper.attached_by_xfuser = True  # type: ignore[attr-defined]
+        setattr(owner, name, wrapper)
+
+    def undo(self) -> None:
+        if self._previous is _ABSENT:
+            delattr(self._owner, self._name)
+        else:
+            setattr(self._owner, self._name, self._previous)
+
+
+def is_attached(owner: Any, name: str = "forward") -> bool:
+    return getattr(vars(owner).get(name), "attached_by_xfuser", False)
+
+
+def named_contexts(
+    transformer: nn.Module, note: Callable[[str | None], None]
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A wrapper for diffusers' ``cache_context`` that notes the name of the branch.
+
+    diffusers' own leaves a hook registry on a transformer that had none; that one is taken away again.
+    """
+
+    def wrap(original: Callable[..., AbstractContextManager[None]]) -> Callable[..., AbstractContextManager[None]]:
+        @contextmanager
+        def cache_context(name: str, **keywords: Any) -> Any:
+            had_registry = "_diffusers_hook" in vars(transformer)
+            note(name)
+            try:
+                with original(name, **keywords):
+                    yield
+            finally:
+                note(None)
+                if not had_registry and "_diffusers_hook" in vars(transformer):
+                    del transformer._diffusers_hook
+
+        return cache_context
+
+    return wrap

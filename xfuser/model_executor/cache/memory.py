@@ -1,0 +1,105 @@
+"""What is remembered of evaluated blocks, per conditioning branch."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from xfuser.model_executor.adapters import Streams
+from xfuser.model_executor.cache.adacorrection.offset import Sample, sample_tokens
+
+
+@dataclass(eq=False)
+class Reference:
+    """One evaluation of one unit (a block, or a stack of blocks that is remembered as a whole).
+
+    Inputs and outputs are kept as they came, without a copy; consecutive blocks share tensors. A residual over a run
+    of units is their difference, computed when something first stands in for that run.
+    """
+
+    step: int
+    inputs: Streams
+    outputs: Streams
+    residuals: dict[int, Streams] = field(default_factory=dict)
+    samples: dict[int, Sample] = field(default_factory=dict)
+
+    def residual_to(self, last: Reference, length: int) -> Streams:
+        """outputs of ``last`` − inputs of this reference: the residual of the run of ``length`` units between them."""
+        if length not in self.residuals:
+            self.residuals[length] = tuple(b - a for a, b in zip(self.inputs, last.outputs, strict=True))
+        return self.residuals[length]
+
+    def sample_to(self, last: Reference, length: int, stride: int) -> Sample:
+        """The sampled tokens of the same run, for the statistics."""
+        if length not in self.samples:
+            self.samples[length] = sample_tokens(self.inputs[0], last.outputs[0], stride)
+        return self.samples[length]
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        yield from self.inputs
+        yield from self.outputs
+        for streams in self.residuals.values():
+            yield from streams
+
+
+class BranchMemory:
+    """References of all units of one branch, newest first, and the stand-ins built from them."""
+
+    def __init__(self, units: int, length: int) -> None:
+        self.references: list[deque[Reference]] = [deque(maxlen=length) for _ in range(units)]
+
+    def store(self, unit: int, step: int, inputs: Streams, outputs: Streams) -> None:
+        self.references[unit].appendleft(Reference(step, _detached(inputs), _detached(outputs)))
+
+    def clear(self) -> None:
+        for history in self.references:
+            history.clear()
+
+    def nodes(self, unit: int) -> tuple[int, ...]:
+        """Steps of the remembered evaluations, newest first."""
+        return tuple(reference.step for reference in self.references[unit])
+
+    def usable(self, unit: int) -> bool:
+        return bool(self.references[unit])
+
+    def linked(self, unit: int) -> bool:
+        """Whether the next unit was always evaluated at the same steps, on this unit's own outputs."""
+        ours, theirs = self.references[unit], self.references[unit + 1]
+        return len(ours) == len(theirs) and all(
+            a.step == b.step and all(x is y for x, y in zip(a.outputs, b.inputs, strict=True))
+            for a, b in zip(ours, theirs, strict=True)
+        )
+
+    def stand_in(self, first: int, last: int, inputs: Streams, weights: tuple[float, ...]) -> Streams:
+        """inputs + Σ_j weights_j × residual_j of the linked run of units first … last."""
+        length = last - first + 1
+        outputs = inputs
+        for weight, start, end in zip(weights, self.references[first], self.references[last], strict=False):
+            if weight == 0:
+                continue
+            residual = start.residual_to(end, length)
+            outputs = tuple(torch.add(x, r, alpha=weight) for x, r in zip(outputs, residual, strict=True))
+        return outputs
+
+    def activation(self, unit: int) -> Streams:
+        return self.references[unit][0].outputs
+
+    def finite_sums(self) -> list[torch.Tensor]:
+        """One sum per remembered tensor: not finite exactly where the tensor holds a NaN or an infinity."""
+        seen: dict[int, torch.Tensor] = {}
+        for history in self.references:
+            for reference in history:
+                for tensor in reference.tensors():
+                    seen.setdefault(id(tensor), tensor)
+        return [tensor.sum(dtype=torch.float32) for tensor in seen.values()]
+
+    def bytes(self) -> int:
+        seen = {id(t): t for history in self.references for reference in history for t in reference.tensors()}
+        return sum(tensor.numel() * tensor.element_size() for tensor in seen.values())
+
+
+def _detached(streams: Streams) -> Streams:
+    return tuple(tensor.detach() if tensor.requires_grad else tensor for tensor in streams)

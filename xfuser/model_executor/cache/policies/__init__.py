@@ -1,0 +1,30 @@
+"""The base methods, one file each."""
+
+from __future__ import annotations
+
+from xfuser.config import CacheConfig
+from xfuser.model_executor.adapters import ModelDeclaration
+from xfuser.model_executor.cache.policies.base import Policy
+from xfuser.model_executor.cache.policies.first_block import FirstBlockPolicy
+from xfuser.model_executor.cache.policies.full import FullPolicy
+from xfuser.model_executor.cache.policies.tea import TeaPolicy
+
+POLICIES: dict[str | None, type[Policy]] = {
+    None: FullPolicy,
+    "Tea": TeaPolicy,
+    "Fb": FirstBlockPolicy,
+}
+
+__all__ = ["POLICIES", "Policy", "build_policy"]
+
+
+def build_policy(config: CacheConfig, declaration: ModelDeclaration) -> Policy:
+    """The policy that the settings name.
+
+    Raises:
+        ValueError: No method of that name.
+    """
+    if config.use_cache not in POLICIES:
+        known = ", ".join(repr(name) for name in POLICIES)
+        raise ValueError(f"use_cache={config.use_cache!r} is not known; choose one of {known}")
+    return POLICIES[config.use_cache](config, declaration)

@@ -1,0 +1,66 @@
+"""What a base method is: a signal, and a proposal made from its reduced sums."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from xfuser.config import CacheConfig
+from xfuser.model_executor.adapters import ModelDeclaration, Streams
+from xfuser.model_executor.cache.steps import Call
+
+
+class Policy:
+    """Base of all methods. One instance serves one transformer; what a branch needs lives in `new_state`.
+
+    Attributes:
+        probe_blocks: Leading blocks that are evaluated before the proposal is made.
+        signal_size: Length of the vector that `measure` returns.
+    """
+
+    probe_blocks: ClassVar[int] = 0
+    signal_size: ClassVar[int] = 2
+
+    def __init__(self, config: CacheConfig, declaration: ModelDeclaration) -> None:
+        self.config = config
+        self.declaration = declaration
+
+    def new_state(self) -> Any:
+        """Fresh state of one branch of one generation."""
+        return None
+
+    def measure(
+        self, state: Any, block: nn.Module, arguments: Mapping[str, Any], inputs: Streams, outputs: Streams | None
+    ) -> torch.Tensor:
+        """The signal's local sums, shape [signal_size].
+
+        ``block``, ``arguments`` and ``inputs`` are the first block's; ``outputs`` its outputs where the method probes
+        it, else ``None``.
+        """
+        raise NotImplementedError
+
+    def propose(self, state: Any, sums: list[float], call: Call) -> bool:
+        """Whether to evaluate this step, from the sums over all ranks."""
+        raise NotImplementedError
+
+    def commit(self, state: Any, evaluated: bool) -> None:
+        """What was decided in the end, by whomever."""
+
+
+def relative_sums(current: torch.Tensor, previous: torch.Tensor | None) -> torch.Tensor:
+    """Σ|current − previous| and Σ|previous|, shape [2]; zeros where there is no comparable previous tensor."""
+    if previous is None or previous.shape != current.shape:
+        return torch.zeros(2, device=current.device)
+    return torch.stack(((current - previous).abs().sum(dtype=torch.float32), previous.abs().sum(dtype=torch.float32)))
+
+
+def relative_l1(sums: list[float]) -> float:
+    """mean|a − b| / mean|b| from its sums; infinite where nothing can be compared, so that nobody hits."""
+    difference, scale = sums
+    if not (math.isfinite(difference) and math.isfinite(scale)) or scale <= 0:
+        return math.inf
+    return difference / scale

@@ -1,0 +1,27 @@
+"""No cache: every block, every step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from xfuser.model_executor.adapters import Streams
+from xfuser.model_executor.cache.policies.base import Policy
+from xfuser.model_executor.cache.steps import Call
+
+
+class FullPolicy(Policy):
+    """Proposes to evaluate everything."""
+
+    signal_size: ClassVar[int] = 0
+
+    def measure(
+        self, state: Any, block: nn.Module, arguments: Mapping[str, Any], inputs: Streams, outputs: Streams | None
+    ) -> torch.Tensor:
+        return torch.zeros(0, device=inputs[0].device)
+
+    def propose(self, state: Any, sums: list[float], call: Call) -> bool:
+        return True

@@ -1,0 +1,81 @@
+"""The seam between a base method and what corrects it: proposals in, plans out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from xfuser.model_executor.cache.adacorrection.offset import OffsetRow
+from xfuser.model_executor.cache.plan import StepPlan
+from xfuser.model_executor.cache.steps import Call
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What is known when a step is planned; the same numbers on every rank.
+
+    Attributes:
+        call: The step's place in its generation.
+        proposal: Whether the base method wants this step evaluated.
+        nodes: Per unit, the steps at which it was evaluated, newest first, as far as they are remembered.
+        probed: Leading units that have been evaluated already.
+    """
+
+    call: Call
+    proposal: bool
+    nodes: tuple[tuple[int, ...], ...]
+    probed: int
+
+    @property
+    def units(self) -> int:
+        return len(self.nodes)
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What an evaluated step showed of one unit, or (`unit` = number of units) of the run behind the probed ones.
+
+    ``remainder`` is the lag's part of the stand-in's error, ``order`` the order that its history allowed.
+    """
+
+    unit: int
+    row: OffsetRow
+    remainder: float
+    order: int
+
+
+@dataclass(frozen=True)
+class Review:
+    """A plan and, per unit, the relative error predicted for its stand-in (NaN where nothing is known yet)."""
+
+    plan: StepPlan
+    predicted: tuple[float, ...]
+
+
+class Reviewer:
+    """Takes the base method's proposals as they are. AdaCorrection's modes derive from it.
+
+    Attributes:
+        measures: Whether evaluated units are measured (offsets, true errors).
+        blends: Whether every unit is evaluated and blended with what stands in for it.
+    """
+
+    measures: ClassVar[bool] = False
+    blends: ClassVar[bool] = False
+
+    def new_state(self, units: int) -> Any:
+        """Fresh state of one branch of one generation."""
+        return None
+
+    def learn(self, state: Any, observations: list[Observation]) -> None:
+        """Take in what the step before showed."""
+
+    def error_weight(self, state: Any, unit: int) -> float:
+        """The correction weight by which a unit's true error is reported."""
+        return 1.0
+
+    def review(self, state: Any, context: StepContext) -> Review:
+        """The plan of a step in which every unit has something that can stand in."""
+        plan = StepPlan.whole(context.units, context.proposal)
+        return Review(plan, (math.nan,) * context.units)

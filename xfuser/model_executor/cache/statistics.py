@@ -1,0 +1,123 @@
+"""What happened: decisions, weights, offsets and errors of every step, and their summary."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from xfuser.model_executor.cache.steps import BranchKey
+
+
+@dataclass
+class StepRecord:
+    """One branch's step, per block. Numbers that nobody measured are NaN."""
+
+    step: int
+    evaluated: list[bool]
+    weights: list[float]
+    predicted: list[float]
+    offsets: list[float]
+    true: list[float]
+    proposed: bool = True
+
+    @classmethod
+    def empty(cls, step: int, blocks: int) -> StepRecord:
+        nothing = [math.nan] * blocks
+        return cls(step, [True] * blocks, list(nothing), list(nothing), list(nothing), list(nothing))
+
+
+@dataclass
+class Generation:
+    """All records of one generation, by branch."""
+
+    records: dict[BranchKey, list[StepRecord]] = field(default_factory=dict)
+
+    def table(self, name: str) -> dict[str, list[list[Any]]]:
+        """One property of all records, steps by blocks, by branch name, ready for JSON."""
+        return {
+            _branch_name(key): [[_plain(value) for value in getattr(record, name)] for record in records]
+            for key, records in self.records.items()
+        }
+
+
+class Statistics:
+    """Totals over all generations since the last reset, and the last generation in full."""
+
+    def __init__(self, blocks: int) -> None:
+        self.blocks = blocks
+        self.reset()
+
+    def reset(self) -> None:
+        self.generations = 0
+        self.calls = 0
+        self.evaluated = 0.0
+        self.flops = 0.0
+        self.flops_skipped = 0.0
+        self.non_finite = 0
+        self.proposed = 0
+        self.within_prediction = 0
+        self.predictions = 0
+        self.generation = Generation()
+
+    def start_generation(self) -> None:
+        self.generations += 1
+        self.generation = Generation()
+
+    def add(self, branch: BranchKey, record: StepRecord, flops: list[float], total_flops: float) -> None:
+        """Count one finished call. ``flops`` are the blocks', ``total_flops`` the whole transformer's."""
+        self.calls += 1
+        self.proposed += record.proposed
+        self.evaluated += sum(record.evaluated)
+        self.flops += total_flops
+        self.flops_skipped += sum(cost for cost, done in zip(flops, record.evaluated, strict=True) if not done)
+        self.generation.records.setdefault(branch, []).append(record)
+
+    def count_prediction(self, predicted: float, true: float) -> None:
+        if math.isfinite(predicted) and math.isfinite(true):
+            self.predictions += 1
+            self.within_prediction += true <= predicted
+
+    @property
+    def hit_rate(self) -> float:
+        return 1 - self.evaluated / (self.blocks * self.calls) if self.calls else 0.0
+
+    @property
+    def flops_saved(self) -> float:
+        return self.flops_skipped / self.flops if self.flops else 0.0
+
+    def summary(self) -> dict[str, Any]:
+        """Everything in plain types, ready for JSON.
+
+        ``plan`` (1: evaluated), ``weights``, ``offsets``, ``predicted_errors`` and ``true_errors`` are the last
+        generation's, by branch, steps by blocks; the rest counts all generations since the last reset.
+        """
+        last = self.generation
+        return {
+            "generations": self.generations,
+            "steps": max((len(records) for records in last.records.values()), default=0),
+            "branches": len(last.records),
+            "blocks": self.blocks,
+            "calls": self.calls,
+            "evaluated": self.evaluated,
+            "hit_rate": self.hit_rate,
+            "flops_saved": self.flops_saved,
+            "proposed_share": self.proposed / self.calls if self.calls else 0.0,
+            "non_finite": self.non_finite,
+            "prediction_coverage": self.within_prediction / self.predictions if self.predictions else None,
+            "plan": last.table("evaluated"),
+            "weights": last.table("weights"),
+            "offsets": last.table("offsets"),
+            "predicted_errors": last.table("predicted"),
+            "true_errors": last.table("true"),
+        }
+
+
+def _branch_name(key: BranchKey) -> str:
+    return str(key[0])
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bool):
+        return int(value)
+    return value if math.isfinite(value) else None

@@ -1,0 +1,136 @@
+"""From a model's type and name to a pipeline that is ready to generate, and how to ask it for images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, DiTPipeline, FluxPipeline
+
+from xfuser.model_executor.pipelines.toy_flux import SIZE, build_toy_flux
+
+TOY = "toy"
+
+
+def shipped_tiny_dit() -> Path:
+    """The folder of the tiny-dit that comes with the package."""
+    return Path(str(files("xfuser") / "assets" / "tiny-dit"))
+
+
+@dataclass(frozen=True)
+class ModelType:
+    """One family of pipelines as the command lines know it.
+
+    Attributes:
+        pipeline_class: The diffusers class.
+        default: What is loaded when no model is named.
+        conditioned_on: ``"label"`` or ``"prompt"``.
+        guidance_scale: The default.
+        thresholds: The default rel_l1_thresh of each base method.
+        evaluated: Whether the shipped feature network can judge its images.
+    """
+
+    pipeline_class: type[DiffusionPipeline]
+    default: Callable[[], Path] | str
+    conditioned_on: str
+    guidance_scale: float
+    thresholds: dict[str, float]
+    evaluated: bool = False
+
+
+MODEL_TYPES = {
+    "tiny-dit": ModelType(DiTPipeline, shipped_tiny_dit, "label", 1.5, {"Tea": 0.1, "Fb": 0.1}, evaluated=True),
+    "dit": ModelType(DiTPipeline, "facebook/DiT-XL-2-256", "label", 1.5, {"Tea": 0.1, "Fb": 0.08}),
+    "flux": ModelType(FluxPipeline, TOY, "prompt", 3.5, {"Tea": 0.4, "Fb": 0.08}),
+}
+
+
+@dataclass(frozen=True)
+class LoadedPipeline:
+    """A pipeline and what the command lines need to know about it."""
+
+    pipeline: DiffusionPipeline
+    model_type: str
+    name: str
+    dtype: torch.dtype
+
+    @property
+    def spec(self) -> ModelType:
+        return MODEL_TYPES[self.model_type]
+
+    def num_classes(self) -> int:
+        """Number of classes that the model was trained on, as its label table says."""
+        return len(set(self.pipeline.labels.values())) or self.pipeline.transformer.config.num_embeds_ada_norm
+
+    def generate(
+        self,
+        conditions: list[Any],
+        seeds: list[int],
+        num_inference_steps: int,
+        guidance_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> np.ndarray:
+        """Generate one image per condition (labels or prompts), image i from the noise of seeds[i].
+
+        Returns:
+            Images, float32 [N, H, W, C] in [0, 1].
+        """
+        arguments: dict[str, Any] = {
+            "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": self.spec.guidance_scale if guidance_scale is None else guidance_scale,
+            "output_type": "np",
+        }
+        if self.spec.conditioned_on == "label":
+            arguments["class_labels"] = conditions
+        else:
+            size = SIZE if self.name == f"{TOY}-{self.model_type}" else None
+            arguments |= {"prompt": conditions, "height": height or size, "width": width or size}
+            if size:
+                arguments["max_sequence_length"] = 32
+        return np.asarray(self.pipeline(**arguments).images, dtype=np.float32)
+
+
+def load_pipeline(
+    model_type: str, model: str | None = None, device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> LoadedPipeline:
+    """Load a pipeline from a folder or a hub id (safetensors only), or build the toy one.
+
+    Args:
+        model_type: A key of `MODEL_TYPES`.
+        model: Folder or hub id; ``None`` takes the type's default.
+        device: Where to run; the CPU by default.
+        dtype: Of the weights; by default float32 on a CPU and bfloat16 elsewhere.
+
+    Raises:
+        ValueError: The type is unknown, or nothing can be loaded from there.
+    """
+    if model_type not in MODEL_TYPES:
+        raise ValueError(f"model type {model_type!r} is not known; choose one of {', '.join(MODEL_TYPES)}")
+    spec = MODEL_TYPES[model_type]
+    device = device or torch.device("cpu")
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    source = model or (spec.default if isinstance(spec.default, str) else str(spec.default()))
+    if source == TOY:
+        if model_type != "flux":
+            raise ValueError(f"there is no toy model of type {model_type!r}; name a folder or a hub id")
+        return _ready(LoadedPipeline(build_toy_flux(), model_type, f"{TOY}-{model_type}", dtype), device)
+    try:
+        pipeline = spec.pipeline_class.from_pretrained(source, torch_dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"cannot load {source!r} as {spec.pipeline_class.__name__}: {reason}") from error
+    name = model_type if model is None and not isinstance(spec.default, str) else source
+    return _ready(LoadedPipeline(pipeline, model_type, name, dtype), device)
+
+
+def _ready(loaded: LoadedPipeline, device: torch.device) -> LoadedPipeline:
+    loaded.pipeline.to(device, loaded.dtype)
+    loaded.pipeline.set_progress_bar_config(disable=True)
+    return loaded

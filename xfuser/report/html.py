@@ -1,0 +1,128 @@
+"""The benchmark's report as a single HTML file that needs neither network nor script."""
+
+import base64
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from PIL import Image
+
+from xfuser.report.columns import COMPARISON_COLUMNS, RESULT_COLUMNS, psnr_verdict
+from xfuser.report.figures import decision_map, quality_speed_curve, trace_arrays
+from xfuser.report.sheet import comparison_sheet
+
+_SCHEMA = 1
+
+
+def write_report(
+    path: str | os.PathLike[str],
+    document: Mapping[str, Any],
+    images: Mapping[str, Sequence[np.ndarray]],
+    traces: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Write the whole report to ``path``, replacing what is there only once the new file is complete.
+
+    Args:
+        path: Where the HTML goes; missing folders are made.
+        document: The benchmark's JSON document (schema 1).
+        images: For each method its sample images, arrays ``[H, W, C]`` of floats in [0, 1] with C = 1 or 3. May be
+            empty: the report then has no comparison sheet.
+        traces: For each corrected method the record of one run, as for
+            :func:`xfuser.report.figures.decision_map`. May be empty.
+
+    Raises:
+        ValueError: The document's schema is not 1, or an image or a trace has the wrong shape.
+        KeyError: The document lacks ``results``, or a row or trace lacks a field that it must have.
+        OSError: The file cannot be written.
+    """
+    if document.get("schema") != _SCHEMA:
+        raise ValueError(f"the report reads documents of schema {_SCHEMA}, this one has {document.get('schema')!r}")
+    source = resources.files(__package__).joinpath("template.html.j2").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    page = environment.from_string(source).render(_context(document, images, traces))
+    _replace(Path(path), page)
+
+
+def _context(
+    document: Mapping[str, Any], images: Mapping[str, Sequence[np.ndarray]], traces: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    model = document.get("model") or {}
+    facts = [(title, _pairs(document.get(title.lower()) or {})) for title in ("Model", "Settings", "Environment")]
+    return {
+        "title": f"Caching benchmark: {model['name']}" if model.get("name") else "Caching benchmark",
+        "facts": [(title, pairs) for title, pairs in facts if pairs],
+        "columns": RESULT_COLUMNS,
+        "rows": [
+            {
+                "method": row["method"],
+                "settings": ", ".join(f"{name}={value}" for name, value in _pairs(row.get("settings") or {})),
+                "cells": [column.cell(row) for column in RESULT_COLUMNS],
+            }
+            for row in document["results"]
+        ],
+        "comparison_columns": COMPARISON_COLUMNS,
+        "comparisons": [
+            {
+                "method": row["method"],
+                "against": row["against"],
+                "cells": [column.cell(row) for column in COMPARISON_COLUMNS],
+                "verdict": psnr_verdict(row),
+            }
+            for row in document.get("comparisons") or []
+        ],
+        "sheet": _data_uri(_sheet_png(images)) if images else None,
+        "curve": _data_uri(quality_speed_curve(document["results"])),
+        "maps": [
+            {"method": method, "caption": _caption(trace), "picture": _data_uri(decision_map(trace))}
+            for method, trace in traces.items()
+        ],
+    }
+
+
+def _pairs(mapping: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(str(name), value if isinstance(value, str) else json.dumps(value)) for name, value in mapping.items()]
+
+
+def _sheet_png(images: Mapping[str, Sequence[np.ndarray]]) -> bytes:
+    return _png_bytes(comparison_sheet(images))
+
+
+def _png_bytes(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+
+
+def _caption(trace: Mapping[str, Any]) -> str:
+    """One line that says how often blocks were evaluated and how far the predictions were off."""
+    fields = trace_arrays(trace)
+    steps, blocks = fields["evaluated"].shape
+    text = f"{100 * fields['evaluated'].mean():.0f}% of {steps} steps × {blocks} blocks were evaluated"
+    predicted, true = fields["predicted"], fields["true"]
+    both = np.isfinite(predicted) & np.isfinite(true) & (predicted > 0) & (true > 0)
+    if not both.any():
+        return f"{text}; no evaluation had a prediction to check."
+    ratio = float(np.median(predicted[both] / true[both]))
+    return f"{text}; the median ratio of predicted to true error over {both.sum()} checked evaluations is {ratio:.2f}."
+
+
+def _replace(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Opened by hand rather than by tempfile, whose files only their owner may read.
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
