@@ -8,15 +8,11 @@ Writes cache_execute_results.json, the images, comparison_sheet.png and report.h
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -32,6 +28,7 @@ from xfuser.config.arguments import (  # noqa: E402
 )
 from xfuser.core.distributed.environment import choose_device, describe_environment  # noqa: E402
 from xfuser.model_executor.pipelines import MODEL_TYPES, LoadedPipeline, load_pipeline  # noqa: E402
+from xfuser.model_executor.pipelines.generate import save_image, write_json  # noqa: E402
 from xfuser.report import comparison_sheet, results_table, write_report  # noqa: E402
 
 RESULTS = "cache_execute_results.json"
@@ -93,16 +90,9 @@ def write_images(runs: list[Run], folder: Path) -> dict[str, list[str]]:
         paths[run.row.method] = []
         for index, pixels in enumerate(run.pixels):
             path = Path("images") / name / f"image_{index:05d}.png"
-            shades = np.round(pixels * 255).astype(np.uint8)
-            Image.fromarray(shades[..., 0] if shades.shape[-1] == 1 else shades).save(folder / path)
+            save_image(pixels, folder / path)
             paths[run.row.method].append(str(path))
     return paths
-
-
-def write_json(path: Path, document: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n")
-    os.replace(temporary, path)
 
 
 def traces_of(runs: list[Run]) -> dict[str, dict[str, Any]]:

@@ -20,12 +20,12 @@ def declaration_of(transformer: Any) -> ModelDeclaration:
     Raises:
         TypeError: It is no module, or no declaration covers its class.
     """
-    if not isinstance(transformer, nn.Module):
-        raise TypeError(
-            f"expected a diffusers transformer such as pipeline.transformer, got {type(transformer).__name__}"
-        )
-    for ancestor in type(transformer).__mro__:
-        if ancestor.__name__ in DECLARATIONS:
-            return DECLARATIONS[ancestor.__name__]
     supported = ", ".join(sorted(DECLARATIONS))
-    raise TypeError(f"{type(transformer).__name__} is not supported; supported are {supported}")
+    if isinstance(transformer, nn.Module):
+        for ancestor in type(transformer).__mro__:
+            if ancestor.__name__ in DECLARATIONS:
+                return DECLARATIONS[ancestor.__name__]
+    raise TypeError(
+        f"cannot cache a {type(transformer).__name__}; pass pipeline.transformer (not pipeline.unet.transformer) "
+        f"of a supported class: {supported}"
+    )

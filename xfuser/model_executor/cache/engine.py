@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from xfuser.core.distributed.statistics import SumExchange
 from xfuser.model_executor.adapters import BoundArguments, ModelDeclaration, Streams
 from xfuser.model_executor.cache.adacorrection import build_reviewer
 from xfuser.model_executor.cache.adacorrection.blending import BlendReviewer
-from xfuser.model_executor.cache.adacorrection.offset import ROW, OffsetRow, offset_sums
+from xfuser.model_executor.cache.adacorrection.offset import ROW, OffsetRow, Sample, offset_sums, sample_tokens
 from xfuser.model_executor.cache.approximation import ORDERS, extrapolation_weights, history_length, remainder
 from xfuser.model_executor.cache.attach import Replacement, named_contexts
 from xfuser.model_executor.cache.flops import FlopCount
@@ -37,6 +38,7 @@ class Branch:
     policy_state: Any
     review_state: Any
     pending: Pending | None = None
+    samples: dict[int, deque[tuple[int, Sample]]] = field(default_factory=dict)
 
 
 @dataclass
@@ -84,7 +86,7 @@ class CacheEngine:
         self.transformer, self.declaration, self.config = transformer, declaration, config
         self.blocks = declaration.blocks(transformer)
         self.policy = build_policy(config, declaration)
-        self.reviewer = build_reviewer(config, self.policy)
+        self.reviewer = build_reviewer(config)
         self.exchange = exchange or SumExchange()
         self.statistics = Statistics(len(self.blocks))
         self.tracker = StepTracker(config.num_steps, declaration.timestep_direction)
@@ -312,22 +314,21 @@ class CacheEngine:
             output = self.declaration.pack(outputs)
         memory.store(unit, step, inputs, outputs)
         if self.reviewer.measures:
-            self._measure(active, unit, unit, unit)
-            whole_run = unit == len(self._units) - 1 and not active.stand_ins
-            if whole_run and active.run_inputs:
-                self._measure(active, len(self._units), self.policy.probe_blocks, unit)
+            self._measure(active, unit, inputs, outputs)
+            if unit == len(self._units) - 1 and active.run_inputs and not active.stand_ins:
+                self._measure(active, len(self._units), active.run_inputs, outputs)
         return output
 
-    def _measure(self, active: Active, row: int, first: int, last: int) -> None:
-        """Sums of the just evaluated run of units: drift since its reference, error of what would have stood in."""
-        starts, ends = active.branch.memory.references[first], active.branch.memory.references[last]
-        length = last - first + 1
-        samples = [a.sample_to(b, length, TOKEN_STRIDE) for a, b in zip(starts, ends, strict=False)]
-        nodes = [reference.step for reference in starts][1:]
-        weights = extrapolation_weights(active.call.step, nodes, self._order) if nodes else ()
-        active.pending.rows[row] = offset_sums(samples[0], samples[1:], weights)
+    def _measure(self, active: Active, row: int, inputs: Streams, outputs: Streams) -> None:
+        """Sums of what was just evaluated: drift since its reference, and the error of what would have stood in."""
+        step, history = active.call.step, active.branch.samples.setdefault(row, deque(maxlen=self._length))
+        sample = sample_tokens(inputs[0], outputs[0], TOKEN_STRIDE)
+        nodes = [node for node, _ in history]
+        weights = extrapolation_weights(step, nodes, self._order) if nodes else ()
+        active.pending.rows[row] = offset_sums(sample, [earlier for _, earlier in history], weights)
         order = min(self._order, len(nodes) - 1)
-        active.pending.notes[row] = (remainder(active.call.step, nodes, order) if nodes else 0.0, order)
+        active.pending.notes[row] = (remainder(step, nodes, order) if nodes else 0.0, order)
+        history.appendleft((step, sample))
 
     # -- the decision -------------------------------------------------------------------------------------------------
 
@@ -347,6 +348,7 @@ class CacheEngine:
         if not math.isfinite(reduced[size]) or reduced[size] > 0:
             self.statistics.non_finite += 1
             branch.memory.clear()
+            branch.samples.clear()
         probed_units = self.policy.probe_blocks
         nodes = tuple(branch.memory.nodes(unit) for unit in range(units))
         context = StepContext(call, proposal, nodes, probed_units)

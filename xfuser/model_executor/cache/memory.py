@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 import torch
 
 from xfuser.model_executor.adapters import Streams
-from xfuser.model_executor.cache.adacorrection.offset import Sample, sample_tokens
 
 
 @dataclass(eq=False)
@@ -24,19 +23,12 @@ class Reference:
     inputs: Streams
     outputs: Streams
     residuals: dict[int, Streams] = field(default_factory=dict)
-    samples: dict[int, Sample] = field(default_factory=dict)
 
     def residual_to(self, last: Reference, length: int) -> Streams:
         """outputs of ``last`` − inputs of this reference: the residual of the run of ``length`` units between them."""
         if length not in self.residuals:
             self.residuals[length] = tuple(b - a for a, b in zip(self.inputs, last.outputs, strict=True))
         return self.residuals[length]
-
-    def sample_to(self, last: Reference, length: int, stride: int) -> Sample:
-        """The sampled tokens of the same run, for the statistics."""
-        if length not in self.samples:
-            self.samples[length] = sample_tokens(self.inputs[0], last.outputs[0], stride)
-        return self.samples[length]
 
     def tensors(self) -> Iterator[torch.Tensor]:
         yield from self.inputs

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from xfuser.config import CacheConfig
 from xfuser.model_executor.cache.adacorrection.blending import BlendReviewer
-from xfuser.model_executor.cache.policies import Policy
+from xfuser.model_executor.cache.adacorrection.bound import BoundReviewer
+from xfuser.model_executor.cache.adacorrection.budget import BudgetReviewer
 from xfuser.model_executor.cache.review import Reviewer
 
+REVIEWERS: dict[str, Callable[[CacheConfig], Reviewer]] = {
+    "blend": BlendReviewer,
+    "bound": BoundReviewer,
+    "budget": BudgetReviewer,
+}
 
-def build_reviewer(config: CacheConfig, policy: Policy) -> Reviewer:
+
+def build_reviewer(config: CacheConfig) -> Reviewer:
     """The reviewer that the settings name: none, or one of AdaCorrection's modes."""
-    if config.mode == "blend":
-        return BlendReviewer(config)
-    return Reviewer()
+    return Reviewer() if config.mode is None else REVIEWERS[config.mode](config)

@@ -1,0 +1,150 @@
+"""The ``xdit`` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from xfuser.config.arguments import (
+    add_correction_arguments,
+    add_model_arguments,
+    add_sampling_arguments,
+    correction_settings,
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    from xfuser.model_executor.cache.policies import POLICIES
+    from xfuser.model_executor.pipelines import MODEL_TYPES
+
+    parser = argparse.ArgumentParser(prog="xdit", description="Diffusion transformers with quality-controlled caching.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    generate = commands.add_parser("generate", help="generate images", description="Generate images.")
+    add_model_arguments(generate, list(MODEL_TYPES))
+    add_sampling_arguments(generate)
+    generate.add_argument("--prompt", nargs="+", help="prompts, taken in turn (flux)")
+    generate.add_argument("--class_label", nargs="+", help="class numbers or names, taken in turn (tiny-dit, dit)")
+    generate.add_argument("--output_dir", type=Path, default=Path("outputs"), help="default: %(default)s")
+    generate.add_argument(
+        "--use_cache", choices=[str(name) for name in POLICIES], default="None", help="default: %(default)s"
+    )
+    generate.add_argument(
+        "--rel_l1_thresh", type=float, help="threshold of the base method (default: the model type's)"
+    )
+    add_correction_arguments(generate)
+    generate.set_defaults(run=run_generate)
+    return parser
+
+
+def run_generate(args: argparse.Namespace) -> None:
+    import torch
+
+    from xfuser.config import CacheConfig
+    from xfuser.core.distributed.environment import choose_device
+    from xfuser.model_executor.cache import apply_cache_on_pipeline
+    from xfuser.model_executor.pipelines import MODEL_TYPES, load_pipeline
+    from xfuser.model_executor.pipelines.generate import Generation, generate_images
+
+    spec = MODEL_TYPES[args.model_type]
+    settings = cache_settings(args, spec.thresholds)
+    CacheConfig.from_keywords(**settings)
+    device = choose_device(args.device)
+    wanted, other = ("class_label", "prompt") if spec.conditioned_on == "label" else ("prompt", "class_label")
+    if getattr(args, other) is not None:
+        raise ValueError(f"--{other} does not go with --model_type {args.model_type}; use --{wanted}")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    loaded = load_pipeline(args.model_type, args.model, device)
+    conditions = class_numbers(args.class_label, loaded) if wanted == "class_label" else args.prompt
+    if not conditions:
+        raise ValueError("--prompt is missing: name at least one")
+    request = Generation(
+        conditions,
+        args.num_images or len(conditions),
+        args.batch_size,
+        args.seed,
+        args.num_inference_steps,
+        args.guidance_scale,
+        args.height,
+        args.width,
+    )
+    engine = apply_cache_on_pipeline(loaded.pipeline, **settings)
+    print_summary(generate_images(loaded, request, engine, args.output_dir), args.output_dir)
+
+
+def cache_settings(args: argparse.Namespace, thresholds: dict[str, float]) -> dict[str, Any]:
+    """`CacheConfig` settings from the command line."""
+    method = None if args.use_cache == "None" else args.use_cache
+    settings: dict[str, Any] = {"use_cache": method, "approximation": args.approximation}
+    if args.rel_l1_thresh is not None:
+        settings["rel_l1_thresh"] = args.rel_l1_thresh
+    elif method is not None:
+        settings["rel_l1_thresh"] = thresholds[method]
+    if args.enable_adacorrection:
+        return settings | correction_settings(args)
+    for name in ("adacorr_mode", "adacorr_tolerance", "adacorr_budget"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name} needs --enable_adacorrection")
+    return settings
+
+
+def class_numbers(names: list[str] | None, loaded: Any) -> list[int]:
+    """Class numbers from numbers or names; all classes where none is named."""
+    labels = loaded.pipeline.labels
+    if names is None:
+        return list(range(min(10, loaded.num_classes())))
+    numbers = []
+    for name in names:
+        number = int(name) if name.isdigit() else labels.get(name)
+        if number is None or number >= loaded.num_classes():
+            known = ", ".join(f"{value} {key}" for key, value in sorted(labels.items(), key=lambda item: item[1])[:20])
+            raise ValueError(f"--class_label {name!r} is not a class of {loaded.name}; known are {known}")
+        numbers.append(number)
+    return numbers
+
+
+def print_summary(document: dict[str, Any], folder: Path) -> None:
+    """One screen: what was generated, how fast, and what the cache did."""
+    from rich.console import Console
+    from rich.table import Table
+
+    cache = document["cache"]
+    count = len(document["images"])
+    table = Table(show_header=False, title=f"{document['model']}: {count} images in {folder}")
+    rows = {
+        "seconds": f"{document['seconds']:.2f} ({count / document['seconds']:.2f} images/s)",
+        "base method": str(cache["method"]),
+        "AdaCorrection": str(cache["adacorrection"]),
+        "approximation": cache["approximation"],
+        "steps x blocks": f"{cache['steps']} x {cache['blocks']}, {cache['branches']} branch(es)",
+        "hit rate": f"{cache['hit_rate']:.1%} of block evaluations",
+        "FLOPs saved": f"{cache['flops_saved']:.1%}",
+        "non-finite values caught": str(cache["non_finite"]),
+    }
+    if cache["prediction_coverage"] is not None:
+        rows["errors within prediction"] = f"{cache['prediction_coverage']:.1%}"
+    for name, value in rows.items():
+        table.add_row(name, value)
+    plan = next(iter(cache["plan"].values()), [])
+    table.add_row("blocks per step", _plan_line(plan, cache["blocks"]))
+    Console().print(table)
+
+
+def _plan_line(plan: list[list[int]], blocks: int) -> str:
+    """One character a step: a full block for all evaluated, a dot for none, a half block for some."""
+    return "".join("█" if sum(step) == blocks else "·" if sum(step) == 0 else "▄" for step in plan)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, TypeError) as error:
+        print(f"xdit {args.command}: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+if __name__ == "__main__":
+    main()

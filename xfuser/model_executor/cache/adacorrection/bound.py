@@ -1,0 +1,65 @@
+"""``mode="bound"``: evaluate where the predicted error of the stand-in exceeds the tolerance."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from xfuser.config import CacheConfig
+from xfuser.model_executor.cache.adacorrection.estimate import ErrorEstimate
+from xfuser.model_executor.cache.approximation import ORDERS, remainder
+from xfuser.model_executor.cache.plan import StepPlan
+from xfuser.model_executor.cache.review import Observation, Review, Reviewer, StepContext
+
+COVERAGE = 0.95  # share of evaluations whose true error must lie within the predicted one
+MARGIN_START = 0.5  # of the logarithm: 1.6 times the expected error
+MARGIN_STEP = 0.05
+LONGEST_LAG = 10  # steps; beyond it nothing that was seen tells how the error grows
+
+
+@dataclass
+class BoundState:
+    """``margin`` is added to the logarithm of every prediction and follows the coverage seen."""
+
+    estimate: ErrorEstimate = field(default_factory=ErrorEstimate)
+    margin: float = MARGIN_START
+
+
+class BoundReviewer(Reviewer):
+    """Keeps every block's stand-in within the tolerance, 95% of the time.
+
+    A block is evaluated when γ·ê·exp(margin) reaches the tolerance. The margin is a running quantile: it rises when a
+    true error exceeds its prediction and falls slowly otherwise, so that COVERAGE of them stay within. A proposal of
+    the base method to refresh halves what is tolerated in that step: it has seen something.
+    """
+
+    measures: ClassVar[bool] = True
+
+    def __init__(self, config: CacheConfig) -> None:
+        self.config = config
+        self.order = ORDERS[config.stand_in]
+
+    def new_state(self, units: int) -> BoundState:
+        return BoundState()
+
+    def learn(self, state: BoundState, observations: list[Observation]) -> None:
+        for each in observations:
+            expected = state.estimate.predict(each.unit, each.order, each.remainder)
+            if math.isfinite(expected):
+                exceeded = each.row.error(1.0) > expected * math.exp(state.margin)
+                state.margin += MARGIN_STEP * (exceeded - (1 - COVERAGE))
+        state.estimate.observe(observations, 1.0)
+
+    def review(self, state: BoundState, context: StepContext) -> Review:
+        predicted = tuple(self._predict(state, context, unit) for unit in range(context.units))
+        allowed = self.config.tolerance * (0.5 if context.proposal else 1.0)
+        evaluate = tuple(not error < allowed for error in predicted)
+        return Review(StepPlan(evaluate, (1.0,) * context.units), predicted)
+
+    def _predict(self, state: BoundState, context: StepContext, unit: int) -> float:
+        nodes = context.nodes[unit]
+        if len(nodes) <= self.order or context.call.step - nodes[0] > LONGEST_LAG:
+            return math.nan
+        lag = remainder(context.call.step, nodes, self.order)
+        return self.config.adacorr_gamma * state.estimate.predict(unit, self.order, lag) * math.exp(state.margin)
