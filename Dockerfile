@@ -2,7 +2,7 @@
 # CPU:  docker build -t xfuser:cpu --build-arg DEVICE=cpu --build-arg BASE=ubuntu:24.04 .
 #       (add --build-arg TORCH_INDEX_URL=... with an index of CPU builds of torch for a much smaller image)
 # Run:  docker run --rm [--gpus all] -v "$PWD/outputs:/outputs" xfuser --help
-ARG BASE=nvidia/cuda:12.8.1-devel-ubuntu24.04
+ARG BASE=nvidia/cuda:13.0.0-devel-ubuntu24.04
 FROM ${BASE}
 
 ARG DEVICE=gpu

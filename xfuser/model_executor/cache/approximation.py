@@ -17,34 +17,42 @@ def history_length(approximation: str) -> int:
     return ORDERS[approximation] + 1
 
 
+def lagrange_weights(step: float, nodes: Sequence[float]) -> tuple[float, ...]:
+    """Weights of the values at ``nodes`` in the polynomial through all of them, taken at ``step``; they add up to 1."""
+    weights = []
+    for j, node in enumerate(nodes):
+        product = 1.0
+        for m, other in enumerate(nodes):
+            if m != j:
+                product *= (step - other) / (node - other)
+        weights.append(product)
+    return tuple(weights)
+
+
 def extrapolation_weights(
     step: float, nodes: Sequence[float], order: int, correction: float = 1.0
 ) -> tuple[float, ...]:
     """Weights of the residuals evaluated at ``nodes`` (newest first) for an extrapolation to ``step``.
 
-    Order p takes the polynomial through the newest p + 1 nodes (Lagrange weights; for p = 1 the secant of TaylorSeer,
-    arXiv 2503.06923, with its true, not its average, spacing). ``correction`` scales the extrapolating part: 0 is plain
-    reuse of the newest residual, 1 the full polynomial.
+    Order p takes the polynomial through the newest p + 1 nodes (for p = 1 the secant of TaylorSeer, arXiv 2503.06923,
+    with the nodes' true spacing). ``correction`` scales its highest term: 0 is the polynomial of order p − 1, 1 the
+    full one.
 
     Args:
         step: The step to extrapolate to, in denoising steps.
         nodes: Steps of the remembered evaluations, newest first, at least one, all different.
-        order: Wanted order; fewer nodes than order + 1 lower it.
+        order: Wanted order; fewer nodes than order + 1 lower it, and leave nothing to correct.
         correction: Correction weight, without unit.
 
     Returns:
         One weight a node used, newest first; they add up to 1.
     """
-    used = list(nodes[: order + 1])
-    weights = []
-    for j, node in enumerate(used):
-        product = 1.0
-        for m, other in enumerate(used):
-            if m != j:
-                product *= (step - other) / (node - other)
-        weights.append(product * correction)
-    weights[0] += 1.0 - correction
-    return tuple(weights)
+    used = nodes[: order + 1]
+    full = lagrange_weights(step, used)
+    if correction == 1.0 or order == 0 or len(used) <= order:
+        return full
+    lower = (*lagrange_weights(step, used[:-1]), 0.0)
+    return tuple(b + correction * (a - b) for a, b in zip(full, lower, strict=True))
 
 
 def remainder(step: float, nodes: Sequence[float], order: int) -> float:

@@ -2,71 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 
 from xfuser.config import CacheConfig
 from xfuser.core.distributed.statistics import SumExchange
 from xfuser.model_executor.adapters import BoundArguments, ModelDeclaration, Streams
-from xfuser.model_executor.cache.adacorrection import build_reviewer
 from xfuser.model_executor.cache.adacorrection.blending import BlendReviewer
-from xfuser.model_executor.cache.adacorrection.offset import ROW, OffsetRow, Sample, offset_sums, sample_tokens
-from xfuser.model_executor.cache.approximation import ORDERS, extrapolation_weights, history_length, remainder
+from xfuser.model_executor.cache.approximation import extrapolation_weights
 from xfuser.model_executor.cache.attach import Replacement, named_contexts
+from xfuser.model_executor.cache.deliberation import Deliberation
 from xfuser.model_executor.cache.flops import FlopCount
-from xfuser.model_executor.cache.memory import BranchMemory
 from xfuser.model_executor.cache.plan import StepPlan
 from xfuser.model_executor.cache.policies import build_policy
-from xfuser.model_executor.cache.review import Observation, Review, StepContext
+from xfuser.model_executor.cache.state import Active, Branch, Pending
 from xfuser.model_executor.cache.statistics import Statistics, StepRecord
 from xfuser.model_executor.cache.steps import BranchKey, Call, StepTracker
-
-TOKEN_STRIDE = 4  # statistics look at every fourth token
-
-
-@dataclass
-class Branch:
-    """Everything that is remembered of one conditioning branch of one generation."""
-
-    memory: BranchMemory
-    policy_state: Any
-    review_state: Any
-    pending: Pending | None = None
-    samples: dict[int, deque[tuple[int, Sample]]] = field(default_factory=dict)
-
-
-@dataclass
-class Pending:
-    """What the last step measured and has not told yet: one row of sums per measured unit."""
-
-    rows: dict[int, torch.Tensor] = field(default_factory=dict)
-    notes: dict[int, tuple[float, int]] = field(default_factory=dict)
-    record: StepRecord | None = None
-
-
-@dataclass
-class Active:
-    """One call of the transformer, while it runs."""
-
-    call: Call
-    branch: Branch
-    record: StepRecord
-    pending: Pending
-    decided: bool = False
-    review: Review | None = None
-    first_arguments: Mapping[str, Any] = field(default_factory=dict)
-    first_inputs: Streams = ()
-    unit_inputs: Streams = ()
-    run_inputs: Streams = ()
-    stand_ins: dict[int, tuple[int, tuple[float, ...]]] = field(default_factory=dict)
-    skip_until: int = -1
-    block_flops: list[float] | None = None
 
 
 class CacheEngine:
@@ -86,12 +39,10 @@ class CacheEngine:
         self.transformer, self.declaration, self.config = transformer, declaration, config
         self.blocks = declaration.blocks(transformer)
         self.policy = build_policy(config, declaration)
-        self.reviewer = build_reviewer(config)
         self.exchange = exchange or SumExchange()
         self.statistics = Statistics(len(self.blocks))
+        self.deliberation = Deliberation(config, self.policy, self.exchange, self.statistics)
         self.tracker = StepTracker(config.num_steps, declaration.timestep_direction)
-        self._order = ORDERS[config.stand_in]
-        self._length = history_length(config.stand_in)
         self._branches: dict[BranchKey, Branch] = {}
         self._active: Active | None = None
         self._context: str | None = None
@@ -227,7 +178,9 @@ class CacheEngine:
         added = any(
             self._root_arguments.read(name, args, kwargs) is not None for name in self.declaration.between_blocks
         )
-        self._units = self._cut(one_by_one=added or self.reviewer.measures or self.reviewer.blends)
+        self._units = self._cut(
+            one_by_one=added or self.deliberation.reviewer.measures or self.deliberation.reviewer.blends
+        )
 
     def _cut(self, one_by_one: bool) -> list[tuple[int, int]]:
         """First and last block of every unit: each block, or the probed ones and the whole rest."""
@@ -239,10 +192,7 @@ class CacheEngine:
 
     def _open(self, call: Call) -> Active:
         if call.branch not in self._branches:
-            units = len(self._units)
-            self._branches[call.branch] = Branch(
-                BranchMemory(units, self._length), self.policy.new_state(), self.reviewer.new_state(units)
-            )
+            self._branches[call.branch] = self.deliberation.new_branch(len(self._units))
         record = StepRecord.empty(call.step, len(self.blocks))
         self._active = Active(call, self._branches[call.branch], record, Pending(record=record))
         self._unit_at = {first: index for index, (first, _) in enumerate(self._units)}
@@ -253,7 +203,7 @@ class CacheEngine:
         self.statistics.add(active.call.branch, active.record, block_flops, total_flops)
         active.branch.pending = active.pending if active.pending.rows else None
         if active.call.is_last and self.exchange.group is not None:
-            self._learn(active.branch, self.exchange.sum(self._packed(active.branch.pending)))
+            self.deliberation.tell(active.branch)
 
     # -- one block ----------------------------------------------------------------------------------------------------
 
@@ -304,59 +254,25 @@ class CacheEngine:
     def _finish_unit(self, active: Active, unit: int, output: Any) -> Any:
         memory, step = active.branch.memory, active.call.step
         inputs, outputs = active.unit_inputs, self.declaration.unpack(output)
-        if isinstance(self.reviewer, BlendReviewer):
-            correction = self.reviewer.correct(
-                active.branch.review_state, unit, step, inputs, outputs, memory, self.exchange, self._order
+        if isinstance(self.deliberation.reviewer, BlendReviewer):
+            correction = self.deliberation.reviewer.correct(
+                active.branch.review_state, unit, step, inputs, outputs, memory, self.exchange, self.deliberation.order
             )
             active.record.weights[self._units[unit][0]] = correction.weight
             active.record.offsets[self._units[unit][0]] = correction.score
             outputs = correction.outputs
             output = self.declaration.pack(outputs)
         memory.store(unit, step, inputs, outputs)
-        if self.reviewer.measures:
-            self._measure(active, unit, inputs, outputs)
+        if self.deliberation.reviewer.measures:
+            self.deliberation.measure(active, unit, inputs, outputs)
             if unit == len(self._units) - 1 and active.run_inputs and not active.stand_ins:
-                self._measure(active, len(self._units), active.run_inputs, outputs)
+                self.deliberation.measure(active, len(self._units), active.run_inputs, outputs)
         return output
-
-    def _measure(self, active: Active, row: int, inputs: Streams, outputs: Streams) -> None:
-        """Sums of what was just evaluated: drift since its reference, and the error of what would have stood in."""
-        step, history = active.call.step, active.branch.samples.setdefault(row, deque(maxlen=self._length))
-        sample = sample_tokens(inputs[0], outputs[0], TOKEN_STRIDE)
-        nodes = [node for node, _ in history]
-        weights = extrapolation_weights(step, nodes, self._order) if nodes else ()
-        active.pending.rows[row] = offset_sums(sample, [earlier for _, earlier in history], weights)
-        order = min(self._order, len(nodes) - 1)
-        active.pending.notes[row] = (remainder(step, nodes, order) if nodes else 0.0, order)
-        history.appendleft((step, sample))
 
     # -- the decision -------------------------------------------------------------------------------------------------
 
     def _decide(self, active: Active, probed: Streams | None) -> None:
-        branch, call, units = active.branch, active.call, len(self._units)
-        active.decided = True
-        signal = self.policy.measure(
-            branch.policy_state, self.blocks[0], active.first_arguments, active.first_inputs, probed
-        )
-        unusable = sum(not torch.isfinite(total) for total in branch.memory.finite_sums())
-        packed = torch.cat((signal.double(), signal.new_tensor([float(unusable)], dtype=torch.float64)))
-        reduced = self.exchange.sum(torch.cat((packed.cpu(), self._packed(branch.pending))))
-        size = self.policy.signal_size
-        self._learn(branch, reduced[size + 1 :])
-        proposal = self.policy.propose(branch.policy_state, reduced[:size], call)
-        active.record.proposed = proposal
-        if not math.isfinite(reduced[size]) or reduced[size] > 0:
-            self.statistics.non_finite += 1
-            branch.memory.clear()
-            branch.samples.clear()
-        probed_units = self.policy.probe_blocks
-        nodes = tuple(branch.memory.nodes(unit) for unit in range(units))
-        context = StepContext(call, proposal, nodes, probed_units)
-        review = self.reviewer.review(branch.review_state, context)
-        plan = review.plan.with_prefix(probed_units)
-        if not all(nodes[probed_units:]):
-            plan = StepPlan.whole(units, True)
-        active.review = review
+        plan, review, active.record.proposed = self.deliberation.decide(active, self.blocks[0], probed)
         self._adopt(active, plan, review.predicted)
 
     def _adopt(self, active: Active, plan: StepPlan, predicted: tuple[float, ...]) -> None:
@@ -373,51 +289,20 @@ class CacheEngine:
                     and memory.linked(last)
                 ):
                     last += 1
-                weights = extrapolation_weights(active.call.step, memory.nodes(unit), self._order, plan.weights[unit])
+                weights = extrapolation_weights(
+                    active.call.step, memory.nodes(unit), self.deliberation.order, plan.weights[unit]
+                )
                 active.stand_ins[unit] = (last, weights)
             unit = last + 1
-        self.policy.commit(active.branch.policy_state, all(plan.evaluate[self.policy.probe_blocks :]))
         for index, (first, end) in enumerate(self._units):
             for block in range(first, end + 1):
                 active.record.predicted[block] = predicted[index]
                 if not plan.evaluate[index]:
                     active.record.weights[block] = plan.weights[index]
 
-    def _packed(self, pending: Pending | None) -> torch.Tensor:
-        if not self.reviewer.measures:
-            return torch.zeros(0, dtype=torch.float64)
-        table = torch.zeros((len(self._units) + 1, ROW), dtype=torch.float64)
-        if pending is not None:
-            measured = torch.stack(list(pending.rows.values())).double().cpu()
-            table[list(pending.rows)] = measured
-        return table.flatten()
-
-    def _learn(self, branch: Branch, numbers: list[float]) -> None:
-        pending, branch.pending = branch.pending, None
-        if pending is None or not numbers:
-            return
-        observations = []
-        for unit, (lag, order) in pending.notes.items():
-            row = OffsetRow(*numbers[unit * ROW : (unit + 1) * ROW])
-            if order < 0 or not row.finite:
-                continue
-            observations.append(Observation(unit, row, lag, order))
-            if unit < len(self._units):
-                self._note(branch, pending.record, unit, row)
-        self.reviewer.learn(branch.review_state, observations)
-
-    def _note(self, branch: Branch, record: StepRecord | None, unit: int, row: OffsetRow) -> None:
-        assert record is not None
-        true = row.error(self.reviewer.error_weight(branch.review_state, unit))
-        for block in range(self._units[unit][0], self._units[unit][1] + 1):
-            record.true[block] = true
-            record.offsets[block] = row.relative_drift
-            self.statistics.count_prediction(record.predicted[block], true)
-
     def _flush(self) -> None:
         """Take in what the last step measured, where no later step will: one process only, since ranks must agree."""
         if self.exchange.group is not None:
             return
         for branch in self._branches.values():
-            if branch.pending is not None:
-                self._learn(branch, self.exchange.sum(self._packed(branch.pending)))
+            self.deliberation.tell(branch)

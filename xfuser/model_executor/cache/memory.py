@@ -79,18 +79,23 @@ class BranchMemory:
     def activation(self, unit: int) -> Streams:
         return self.references[unit][0].outputs
 
-    def finite_sums(self) -> list[torch.Tensor]:
-        """One sum per remembered tensor: not finite exactly where the tensor holds a NaN or an infinity."""
-        seen: dict[int, torch.Tensor] = {}
-        for history in self.references:
-            for reference in history:
-                for tensor in reference.tensors():
-                    seen.setdefault(id(tensor), tensor)
-        return [tensor.sum(dtype=torch.float32) for tensor in seen.values()]
+    def count_unusable(self, device: torch.device) -> torch.Tensor:
+        """How many remembered tensors hold a NaN or an infinity, a scalar on the device.
+
+        Everything remembered is read again at every step: a stand-in must never bring what a step ago was already
+        broken, nor what has been broken since.
+        """
+        sums = [tensor.sum(dtype=torch.float32).to(device) for tensor in self._tensors()]
+        if not sums:
+            return torch.zeros((), device=device)
+        return (~torch.isfinite(torch.stack(sums))).sum().float()
 
     def bytes(self) -> int:
-        seen = {id(t): t for history in self.references for reference in history for t in reference.tensors()}
-        return sum(tensor.numel() * tensor.element_size() for tensor in seen.values())
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors())
+
+    def _tensors(self) -> list[torch.Tensor]:
+        """Each remembered tensor once: neighbours share theirs."""
+        return list({id(t): t for history in self.references for each in history for t in each.tensors()}.values())
 
 
 def _detached(streams: Streams) -> Streams:

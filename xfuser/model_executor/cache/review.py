@@ -20,12 +20,17 @@ class StepContext:
         proposal: Whether the base method wants this step evaluated.
         nodes: Per unit, the steps at which it was evaluated, newest first, as far as they are remembered.
         probed: Leading units that have been evaluated already.
+        offset: Offset score S of the input of the first unit that may be skipped, against the last whole evaluation;
+            NaN where there is none.
+        offset_lag: Steps since that evaluation.
     """
 
     call: Call
     proposal: bool
     nodes: tuple[tuple[int, ...], ...]
     probed: int
+    offset: float = math.nan
+    offset_lag: int = 0
 
     @property
     def units(self) -> int:

@@ -10,7 +10,7 @@ from xfuser.config import CacheConfig
 from xfuser.core.distributed.statistics import SumExchange
 from xfuser.model_executor.adapters import Streams
 from xfuser.model_executor.cache.adacorrection.correction import blend, blend_sums, correction_weight
-from xfuser.model_executor.cache.adacorrection.offset import absolute_score, relative_score
+from xfuser.model_executor.cache.adacorrection.offset import OffsetScore
 from xfuser.model_executor.cache.approximation import extrapolation_weights
 from xfuser.model_executor.cache.memory import BranchMemory
 from xfuser.model_executor.cache.plan import StepPlan
@@ -37,9 +37,10 @@ class BlendReviewer(Reviewer):
 
     def __init__(self, config: CacheConfig) -> None:
         self.config = config
+        self.score = OffsetScore(config.adacorr_score, config.adacorr_lambda)
 
     def new_state(self, units: int) -> list[float]:
-        """Per unit, the spatial variation of the step before."""
+        """Per unit, the sum of the spatial variation at the step before."""
         return [math.nan] * units
 
     def review(self, state: Any, context: StepContext) -> Review:
@@ -59,18 +60,10 @@ class BlendReviewer(Reviewer):
         """Blend one block's fresh output with what is remembered of it."""
         previous = memory.references[unit][0].inputs[0] if memory.usable(unit) else inputs[0]
         tokens, drift, spatial, norm = exchange.sum(blend_sums(inputs[0], previous))
-        spatial_variation, reference_spatial = spatial / tokens, state[unit]
-        state[unit] = spatial_variation
+        reference_spatial, state[unit] = state[unit], spatial
         if not memory.usable(unit):
             return Correction(fresh, math.nan, math.nan)
-        if self.config.adacorr_score == "absolute":
-            score = absolute_score(drift / tokens, spatial_variation, self.config.adacorr_lambda)
-        else:
-            root_mean_square = norm / tokens / math.sqrt(inputs[0].shape[-1])
-            relative_drift = drift / norm if norm > 0 else 0.0
-            score = relative_score(
-                relative_drift, spatial_variation, reference_spatial, root_mean_square, self.config.adacorr_lambda
-            )
+        score = self.score(tokens, drift, norm, spatial, reference_spatial, inputs[0].shape[-1])
         weight = correction_weight(score, self.config.adacorr_gamma)
         if self.config.stand_in == "activation":
             cached = memory.activation(unit)

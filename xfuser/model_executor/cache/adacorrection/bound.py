@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from xfuser.config import CacheConfig
+from xfuser.model_executor.cache.adacorrection.drift import DriftMonitor
 from xfuser.model_executor.cache.adacorrection.estimate import ErrorEstimate
 from xfuser.model_executor.cache.approximation import ORDERS, remainder
 from xfuser.model_executor.cache.plan import StepPlan
@@ -20,18 +21,21 @@ LONGEST_LAG = 10  # steps; beyond it nothing that was seen tells how the error g
 
 @dataclass
 class BoundState:
-    """``margin`` is added to the logarithm of every prediction and follows the coverage seen."""
+    """``margin`` is added to the logarithm of every prediction and follows the coverage of those ``predicted`` last."""
 
     estimate: ErrorEstimate = field(default_factory=ErrorEstimate)
     margin: float = MARGIN_START
+    drift: DriftMonitor = field(default_factory=DriftMonitor)
+    predicted: tuple[float, ...] = ()
 
 
 class BoundReviewer(Reviewer):
     """Keeps every block's stand-in within the tolerance, 95% of the time.
 
-    A block is evaluated when γ·ê·exp(margin) reaches the tolerance. The margin is a running quantile: it rises when a
-    true error exceeds its prediction and falls slowly otherwise, so that COVERAGE of them stay within. A proposal of
-    the base method to refresh halves what is tolerated in that step: it has seen something.
+    A block is evaluated when γ·ê·exp(margin), scaled by how unusual this step's drift is, reaches the tolerance. The
+    margin is a running quantile: it rises when a true error exceeds its prediction and falls slowly otherwise, so that
+    COVERAGE of them stay within. A proposal of the base method to refresh halves what is tolerated in that step: it
+    has seen something.
     """
 
     measures: ClassVar[bool] = True
@@ -45,14 +49,15 @@ class BoundReviewer(Reviewer):
 
     def learn(self, state: BoundState, observations: list[Observation]) -> None:
         for each in observations:
-            expected = state.estimate.predict(each.unit, each.order, each.remainder)
-            if math.isfinite(expected):
-                exceeded = each.row.error(1.0) > expected * math.exp(state.margin)
+            if each.unit < len(state.predicted) and math.isfinite(state.predicted[each.unit]):
+                exceeded = self.config.adacorr_gamma * each.row.error(1.0) > state.predicted[each.unit]
                 state.margin += MARGIN_STEP * (exceeded - (1 - COVERAGE))
         state.estimate.observe(observations, 1.0)
 
     def review(self, state: BoundState, context: StepContext) -> Review:
-        predicted = tuple(self._predict(state, context, unit) for unit in range(context.units))
+        unusual = state.drift.ratio(context.offset, context.offset_lag)
+        predicted = tuple(unusual * self._predict(state, context, unit) for unit in range(context.units))
+        state.predicted = predicted
         allowed = self.config.tolerance * (0.5 if context.proposal else 1.0)
         evaluate = tuple(not error < allowed for error in predicted)
         return Review(StepPlan(evaluate, (1.0,) * context.units), predicted)
