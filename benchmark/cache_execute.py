@@ -17,6 +17,10 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from xfuser.core.console import quiet_libraries  # noqa: E402
+
+quiet_libraries()
+
 from benchmark.judge import Judge  # noqa: E402
 from benchmark.measure import DEFAULT_PROMPTS, Run, Sampling, conditions_of, measure  # noqa: E402
 from benchmark.rows import build_rows  # noqa: E402
@@ -155,17 +159,19 @@ def execute(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def main() -> None:
     args = parser().parse_args()
-    console = Console()
+    # A log file has no width of its own; the table needs this much.
+    console = Console() if sys.stdout.isatty() else Console(width=140)
     try:
         document = execute(args, console)
     except (ValueError, TypeError, RuntimeError) as error:
         raise SystemExit(f"cache_execute: {error}") from error
-    console.print(results_table(document))
+    console.print(results_table(document, console.width))
     for line in document["comparisons"]:
         difference = line["psnr_difference"]
         console.print(
             f"{line['method']} against {line['against']}: PSNR {difference['value']:+.2f} dB "
-            f"[{difference['low']:+.2f}, {difference['high']:+.2f}], images/s × {line['images_per_second_ratio']:.3f}"
+            f"[{difference['low']:+.2f}, {difference['high']:+.2f}], images/s × {line['images_per_second_ratio']:.3f}",
+            markup=False,
         )
     console.print(f"report: {args.output_dir / 'report.html'}")
 

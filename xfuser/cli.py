@@ -13,6 +13,7 @@ from xfuser.config.arguments import (
     add_sampling_arguments,
     correction_settings,
 )
+from xfuser.core.console import quiet_libraries
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -138,6 +139,7 @@ def _plan_line(plan: list[list[int]], blocks: int) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
+    quiet_libraries()
     args = build_parser().parse_args(argv)
     try:
         args.run(args)

@@ -114,19 +114,16 @@ def wrapped(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable
 
 
 @torch.no_grad()
-def drive(transformer: nn.Module, steps: int, drift: float = 0.03, seed: int = 0, still: bool = False) -> list[Any]:
-    """Call a DiT or Flux transformer as a sampler would, its input drifting by ``drift`` a step; returns the outputs.
-
-    With ``still`` neither the input nor the timestep's embedding moves: the timestep falls by less than float32 shows.
-    """
+def drive(transformer: nn.Module, steps: int, drift: float = 0.03, seed: int = 0) -> list[torch.Tensor]:
+    """Call a DiT or Flux transformer as a sampler would, its input drifting by ``drift`` a step; returns the outputs."""
     generator = torch.Generator().manual_seed(seed)
     outputs = []
     if type(transformer).__name__ == "DiTTransformer2DModel":
         base, direction = torch.randn(2, 2, 4, 4, 4, generator=generator)
         labels = torch.tensor([3, 1000])
         for step in range(steps):
-            sample = base if still else base + drift * step * direction
-            timestep = torch.full((2,), 900 - step if still else 1000 - (step + 1) * 900 // steps)
+            timestep = torch.full((2,), 1000 - (step + 1) * 900 // steps)
+            sample = base + drift * step * direction
             outputs.append(transformer(sample, timestep=timestep, class_labels=labels).sample)
         return outputs
     base, direction = torch.randn(2, 1, 16, 16, generator=generator)
@@ -177,6 +174,14 @@ class ScriptedTransformer(nn.Module):
             assert torch.equal(output, output.flatten()[0].expand_as(output))
             outputs.append(float(output.flatten()[0]))
         return outputs
+
+
+def growing_values(factors: list[float]) -> list[float]:
+    """1, and every next value its predecessor times a factor: the rel-L1 of a step is |factor - 1|."""
+    values = [1.0]
+    for factor in factors:
+        values.append(values[-1] * factor)
+    return values
 
 
 SCRIPTED = ModelDeclaration(

@@ -10,14 +10,19 @@ from rich.text import Text
 from xfuser.report.columns import RESULT_COLUMNS, Cell
 
 
-def results_table(document: Mapping[str, Any]) -> Table:
-    """Lay out the results of a benchmark for a terminal of at least 140 columns.
+WIDE = 130
+NARROW_COLUMNS = ("speedup", "images_per_second", "hit_rate", "psnr", "fid_vs_uncached")
+
+
+def results_table(document: Mapping[str, Any], width: int = 140) -> Table:
+    """Lay out the results of a benchmark for a terminal; one of fewer than 130 columns gets the most telling fields.
 
     Each method takes two lines: the values, and under them, dimmed, the ends of their intervals. Fields that were not
     measured are dashes.
 
     Args:
         document: The benchmark's JSON document (schema 1).
+        width: Columns of the terminal.
 
     Returns:
         A table to pass to ``rich.console.Console.print``.
@@ -26,13 +31,14 @@ def results_table(document: Mapping[str, Any]) -> Table:
         KeyError: The document has no ``results`` or a row has no ``method``.
     """
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
-    table.add_column("Method", overflow="fold", max_width=30)
-    for column in RESULT_COLUMNS:
+    table.add_column("Method", no_wrap=True)
+    columns = [column for column in RESULT_COLUMNS if width >= WIDE or column.key in NARROW_COLUMNS]
+    for column in columns:
         words = column.title.split(" ", 1)
         table.add_column(Text("\n".join(words)), justify="right", no_wrap=True)
     for row in document["results"]:
         # A plain string would be read as console markup, and "Tea[taylor-1]" would lose its brackets.
-        table.add_row(Text(row["method"]), *(_stacked(column.cell(row)) for column in RESULT_COLUMNS))
+        table.add_row(Text(row["method"]), *(_stacked(column.cell(row)) for column in columns))
     return table
 
 

@@ -93,7 +93,7 @@ class LoadedPipeline:
             size = SIZE if self.name == f"{TOY}-{self.model_type}" else None
             arguments |= {"prompt": conditions, "height": height or size, "width": width or size}
             if size:
-                arguments["max_sequence_length"] = 32
+                arguments["max_sequence_length"] = 64
         return np.asarray(self.pipeline(**arguments).images, dtype=np.float32)
 
 
@@ -131,6 +131,8 @@ def load_pipeline(
 
 
 def _ready(loaded: LoadedPipeline, device: torch.device) -> LoadedPipeline:
-    loaded.pipeline.to(device, loaded.dtype)
+    loaded.pipeline.to(device)
+    if loaded.pipeline.transformer.dtype != loaded.dtype:
+        loaded.pipeline.to(loaded.dtype)
     loaded.pipeline.set_progress_bar_config(disable=True)
     return loaded

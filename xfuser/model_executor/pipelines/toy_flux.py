@@ -26,6 +26,9 @@ def build_toy_flux(seed: int = 0) -> FluxPipeline:
             pooled_projection_dim=HIDDEN,
             axes_dims_rope=(4, 4, 8),
         )
+        # A trained model is smooth in time; random weights on the embedding's high frequencies are not.
+        with torch.no_grad():
+            transformer.time_text_embed.timestep_embedder.linear_1.weight.mul_(0.1)
         autoencoder = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 3,
             up_block_types=("UpDecoderBlock2D",) * 3,
@@ -39,7 +42,7 @@ def build_toy_flux(seed: int = 0) -> FluxPipeline:
             scaling_factor=1.0,
         )
         tokenizer = _byte_tokenizer()
-        common = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
+        common = {"vocab_size": len(tokenizer), "eos_token_id": 1, "bos_token_id": 1, "pad_token_id": 0}
         clip = CLIPTextModel(
             CLIPTextConfig(
                 hidden_size=HIDDEN, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, **common
