@@ -44,6 +44,7 @@ setup(
         "matplotlib>=3.8",
         "jinja2>=3.1",
         "rich>=13.0",
+        "packaging>=21.0",
         "pillow>=10.1",
     ],
     extras_require={

@@ -17,13 +17,13 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from xfuser.core.console import quiet_libraries  # noqa: E402
+from xfuser.core.console import check_output_folder, quiet_libraries  # noqa: E402
 
 quiet_libraries()
 
 from benchmark.judge import Judge  # noqa: E402
 from benchmark.measure import DEFAULT_PROMPTS, Run, Sampling, conditions_of, measure  # noqa: E402
-from benchmark.rows import build_rows  # noqa: E402
+from benchmark.rows import SUFFIX, build_rows  # noqa: E402
 from xfuser.config.arguments import (  # noqa: E402
     add_correction_arguments,
     add_model_arguments,
@@ -117,11 +117,13 @@ def execute(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     device = choose_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
+    check_output_folder(args.output_dir)
     spec = MODEL_TYPES[args.model_type]
     thresholds = dict(spec.thresholds)
     if args.cache_ratio_threshold is not None:
         thresholds = dict.fromkeys(thresholds, args.cache_ratio_threshold)
-    correction = correction_settings(args)
+    corrects = args.enable_adacorrection or any(name == "All" or SUFFIX in name for name in args.cache_methods)
+    correction = correction_settings(args, corrects)
     rows = build_rows(args.cache_methods, thresholds, args.enable_adacorrection, correction, args.approximation)
     loaded = load_pipeline(args.model_type, args.model, device)
     folder = evaluation_folder(loaded, args)
@@ -138,8 +140,8 @@ def execute(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     console.print(f"{loaded.name}: {len(rows)} methods, {args.num_images} images each, on {device}")
     if loaded.name.startswith("toy-"):
         console.print("This is a toy with random weights: it shows decisions and speed, not quality. See --model.")
-    runs = measure(loaded, rows, sampling)
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    runs = measure(loaded, rows, sampling)
     paths = write_images(runs, args.output_dir)
     judge = Judge(loaded, conditions_of(loaded, sampling, 0, args.num_images), folder)
     document = {
@@ -163,7 +165,7 @@ def main() -> None:
     console = Console() if sys.stdout.isatty() else Console(width=140)
     try:
         document = execute(args, console)
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
         raise SystemExit(f"cache_execute: {error}") from error
     console.print(results_table(document, console.width))
     for line in document["comparisons"]:

@@ -1,8 +1,9 @@
 """Train ``tiny-dit``, the small class-conditional diffusion transformer that ships with xfuser.
 
 Stages, each resumable: ``classifier`` (the feature network that judges images), ``autoencoder`` (an AutoencoderKL
-with smooth, normalised latents), ``transformer`` (velocity prediction, see below) and ``export`` (a complete
-diffusers.DiTPipeline folder in half precision, and the reference statistics for FID and KID).
+with smooth, normalised latents), ``transformer`` (velocity prediction, see below), ``export`` (a complete
+diffusers.DiTPipeline folder in half precision, and the reference statistics for FID and KID) and ``judge`` (does the
+classifier recognise the class that was asked for?).
 
     python scripts/train_tiny_dit.py --data fashion_mnist.npz
 
@@ -24,15 +25,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from PIL import Image
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from xfuser.metrics.features import FeatureNetwork
 
+ROOT = Path(__file__).resolve().parent.parent
 CLASS_NAMES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 NULL_LABEL = 1000  # DiTPipeline writes this number into the unconditional half of the batch
-STAGES = ("classifier", "autoencoder", "transformer", "export")
+STAGES = ("classifier", "autoencoder", "transformer", "export", "judge")
 
 
 def load_images(path: Path, split: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -219,7 +222,7 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
-def build_transformer(args: argparse.Namespace) -> DiTTransformer2DModel:
+def build_transformer() -> DiTTransformer2DModel:
     transformer = DiTTransformer2DModel(
         num_attention_heads=4,
         attention_head_dim=24,
@@ -246,7 +249,7 @@ def train_transformer(args: argparse.Namespace, vae: AutoencoderKL) -> DiTTransf
     images, labels = load_images(args.data, "train")
     latents = encode_images(vae, images)
     training = Training(
-        "transformer", build_transformer(args), args, steps=args.transformer_steps, learning_rate=1e-3, ema=0.998
+        "transformer", build_transformer(), args, steps=args.transformer_steps, learning_rate=1e-3, ema=0.998
     )
     scheduler = build_scheduler()
     times = scheduler.config.num_train_timesteps
@@ -289,9 +292,36 @@ def export(args: argparse.Namespace, judge: FeatureNetwork, vae: AutoencoderKL, 
     print(f"exported to {args.output}; the classifier's test accuracy is {accuracy:.4f}")
 
 
+def judge_samples(args: argparse.Namespace) -> None:
+    """Generate --judged images with the exported pipeline: class accuracy, FID and a grid, one class a column."""
+    from xfuser.metrics import frechet_distance, gaussian, read_reference
+
+    pipeline = DiTPipeline.from_pretrained(args.output, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    network = FeatureNetwork.load(args.output / "evaluation" / "classifier.safetensors")
+    batches = []
+    for start in track(range(0, args.judged, 20), description="judge       "):
+        generators = [torch.Generator().manual_seed(start + index) for index in range(20)]
+        labels = [index % len(CLASS_NAMES) for index in range(20)]
+        images = pipeline(labels, 1.5, generators, num_inference_steps=50, output_type="np").images
+        batches.append(torch.from_numpy(images).permute(0, 3, 1, 2))
+    images = torch.cat(batches)
+    wanted = torch.arange(len(images)) % len(CLASS_NAMES)
+    accuracy = (network.classify(images).argmax(1) == wanted).float()
+    reference = read_reference(args.output / "evaluation" / "reference.safetensors")
+    distance = frechet_distance(*gaussian(network(images).numpy()), reference.mean, reference.covariance)
+    by_class = {name: round(accuracy[wanted == i].mean().item(), 3) for i, name in enumerate(CLASS_NAMES)}
+    print(f"{len(images)} images: class accuracy {accuracy.mean():.4f}, FID {distance:.2f}; {by_class}")
+    rows = [torch.cat(list(row[:, 0]), dim=1) for row in images[:80].split(len(CLASS_NAMES))]
+    grid = Image.fromarray((torch.cat(rows) * 255).round().byte().numpy())
+    grid = grid.resize((grid.width * 2, grid.height * 2), Image.Resampling.LANCZOS)
+    args.grid.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(args.grid, lambda path: grid.save(path, format="PNG"))
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    default_output = Path(__file__).resolve().parent.parent / "xfuser" / "assets" / "tiny-dit"
+    default_output = ROOT / "xfuser" / "assets" / "tiny-dit"
     parser.add_argument("--data", type=Path, required=True, help="fashion_mnist.npz (train_images, train_labels, …)")
     parser.add_argument(
         "--output", type=Path, default=default_output, help="the pipeline folder (default: %(default)s)"
@@ -299,12 +329,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--workdir", type=Path, default=Path("runs/tiny-dit"), help="checkpoints (default: %(default)s)"
     )
-    parser.add_argument(
-        "--until", choices=STAGES, default="export", help="the last stage to run (default: %(default)s)"
-    )
+    parser.add_argument("--until", choices=STAGES, default="judge", help="the last stage to run (default: %(default)s)")
     parser.add_argument("--classifier_steps", type=int, default=3000, help="batches (default: %(default)s)")
     parser.add_argument("--autoencoder_steps", type=int, default=600, help="batches (default: %(default)s)")
-    parser.add_argument("--transformer_steps", type=int, default=3000, help="batches (default: %(default)s)")
+    parser.add_argument("--transformer_steps", type=int, default=2000, help="batches (default: %(default)s)")
+    parser.add_argument("--judged", type=int, default=500, help="images to judge (default: %(default)s)")
+    parser.add_argument("--grid", type=Path, default=ROOT / "docs" / "images" / "tiny_dit_samples.png")
     parser.add_argument("--batch_size", type=int, default=64, help="images a batch (default: %(default)s)")
     parser.add_argument("--checkpoint_every", type=int, default=100, help="batches (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all, %(default)s)")
@@ -337,6 +367,8 @@ def main() -> None:
         dit = train_transformer(args, vae)
     if last >= 3:
         export(args, judge, vae, dit)
+    if last >= 4:
+        judge_samples(args)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from xfuser.config.arguments import (
     add_sampling_arguments,
     correction_settings,
 )
-from xfuser.core.console import quiet_libraries
+from xfuser.core.console import check_output_folder, quiet_libraries
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -55,12 +55,13 @@ def run_generate(args: argparse.Namespace) -> None:
     wanted, other = ("class_label", "prompt") if spec.conditioned_on == "label" else ("prompt", "class_label")
     if getattr(args, other) is not None:
         raise ValueError(f"--{other} does not go with --model_type {args.model_type}; use --{wanted}")
+    if wanted == "prompt" and not args.prompt:
+        raise ValueError("--prompt is missing: name at least one")
+    check_output_folder(args.output_dir)
     if args.threads:
         torch.set_num_threads(args.threads)
     loaded = load_pipeline(args.model_type, args.model, device)
     conditions = class_numbers(args.class_label, loaded) if wanted == "class_label" else args.prompt
-    if not conditions:
-        raise ValueError("--prompt is missing: name at least one")
     request = Generation(
         conditions,
         args.num_images or len(conditions),
@@ -83,12 +84,7 @@ def cache_settings(args: argparse.Namespace, thresholds: dict[str, float]) -> di
         settings["rel_l1_thresh"] = args.rel_l1_thresh
     elif method is not None:
         settings["rel_l1_thresh"] = thresholds[method]
-    if args.enable_adacorrection:
-        return settings | correction_settings(args)
-    for name in ("adacorr_mode", "adacorr_tolerance", "adacorr_budget"):
-        if getattr(args, name) is not None:
-            raise ValueError(f"--{name} needs --enable_adacorrection")
-    return settings
+    return settings | correction_settings(args, args.enable_adacorrection)
 
 
 def class_numbers(names: list[str] | None, loaded: Any) -> list[int]:
@@ -143,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     try:
         args.run(args)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OSError) as error:
         print(f"xdit {args.command}: {error}", file=sys.stderr)
         raise SystemExit(2) from error
 

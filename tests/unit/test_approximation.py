@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from toys import ALWAYS, ScriptedTransformer, Toy, attached, drive, growing_values, scripted_engine
+from toys import FAMILIES, ScriptedTransformer, Toy, attached, drive, growing_values, scripted_engine, wrapped
 
 from xfuser.model_executor.cache.approximation import extrapolation_weights, history_length, remainder
 from xfuser.model_executor.cache.memory import BranchMemory
@@ -47,17 +49,35 @@ def test_weights_are_exact_on_polynomials_of_their_order(order: int) -> None:
         assert extrapolated == pytest.approx(np.polyval(coefficients, step), rel=1e-9, abs=1e-6)
 
 
+@pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("correction", [0.0, 0.3, 1.0])
-def test_correction_scales_the_extrapolating_part(correction: float) -> None:
-    nodes = (9, 6, 5)
-    reuse, full = np.array([1.0, 0.0, 0.0]), np.array(extrapolation_weights(11, nodes, 2))
-    weights = extrapolation_weights(11, nodes, 2, correction)
-    assert weights == pytest.approx(tuple(reuse + correction * (full - reuse)), abs=1e-12)
+def test_correction_scales_the_highest_term(correction: float, order: int) -> None:
+    """Between the polynomial of the order below and the full one; of a secant, between plain reuse and the secant."""
+    nodes, step = (9, 6, 5)[: order + 1], 11
+    lower = np.array([*extrapolation_weights(step, nodes[:-1], order - 1), 0.0])
+    full = np.array(extrapolation_weights(step, nodes, order))
+    weights = extrapolation_weights(step, nodes, order, correction)
+    assert weights == pytest.approx(tuple(lower + correction * (full - lower)), abs=1e-12)
     assert sum(weights) == pytest.approx(1)
 
 
-def test_no_correction_is_plain_reuse() -> None:
-    assert extrapolation_weights(11, (9, 6, 5), 2, 0.0) == pytest.approx((1.0, 0.0, 0.0), abs=0)
+@pytest.mark.parametrize(
+    ("nodes", "order", "expected"),
+    [
+        # (11 - 6) / (9 - 6) = 5/3 for the secant; half of its excess over plain reuse is 1/3.
+        ((9, 6), 1, (4 / 3, -1 / 3)),
+        # Nothing to correct: plain reuse, or a history too short for the order.
+        ((9, 6), 0, (1.0,)),
+        ((9, 6), 2, (5 / 3, -2 / 3)),
+        ((9,), 1, (1.0,)),
+    ],
+)
+def test_half_a_correction_by_hand(nodes: tuple[int, ...], order: int, expected: tuple[float, ...]) -> None:
+    assert extrapolation_weights(11, nodes, order, 0.5) == pytest.approx(expected)
+
+
+def test_no_correction_of_a_secant_is_plain_reuse() -> None:
+    assert extrapolation_weights(11, (9, 6), 1, 0.0) == (1.0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -150,9 +170,7 @@ def test_exact_on_residuals_of_that_degree_and_on_no_higher(approximation: str, 
     residual = CURVES[curve]
     values = growing_values([2.0, 1.0, 2.0, 1.0, 1.0, 1.0, 1.0])
     transformer = ScriptedTransformer(residual, lambda step: 2 * residual(step), lambda step: -0.5)
-    outputs, plan = one_generation(
-        transformer, values, use_cache="Tea", rel_l1_thresh=0.5, approximation=approximation
-    )
+    outputs, plan = one_generation(transformer, values, use_cache="Tea", rel_l1_thresh=0.5, approximation=approximation)
     assert [row[0] for row in plan] == [1, 1, 0, 1, 0, 0, 0, 1]
     exact = [value + 3 * residual(step) - 0.5 for step, value in enumerate(values)]
     errors = np.abs(np.array(outputs) - exact)
@@ -175,31 +193,90 @@ def test_values_of_every_order_by_hand() -> None:
         assert outputs[5] == pytest.approx(values[5] + residual, rel=1e-5)
 
 
+BY_HAND = {
+    "base": {"rel_l1_thresh": 0.1},
+    "matched": {"rel_l1_thresh": 0.1, "enable_adacorrection": True},
+    "budget": {"enable_adacorrection": True, "adacorr_budget": 0.6},
+    "bound": {"enable_adacorrection": True, "adacorr_tolerance": 0.05},
+}
+
+
+@pytest.mark.parametrize("correction", BY_HAND)
 @pytest.mark.parametrize("method", ["Tea", "Fb"])
-@pytest.mark.parametrize("approximation", ["residual", "taylor-1", "taylor-2"])
-def test_blocks_remembered_one_by_one_stand_in_as_the_whole_does(method: str, approximation: str) -> None:
-    """AdaCorrection remembers every block; with the base method's own decisions the outputs are the base method's."""
+@pytest.mark.parametrize("approximation", DEGREES)
+def test_outputs_follow_from_the_plan(method: str, approximation: str, correction: str) -> None:
+    """Whatever was decided, and whether blocks are remembered one by one or as a whole: a block that is not evaluated
+    adds the polynomial through its last residuals (numpy's fit here).
+    """
     curves = (lambda step: 1.0 + 0.01 * step**2, lambda step: 2.0 + 0.1 * step, lambda step: -0.02 * step**2)
-    values = growing_values([2.0, 2.0, 1.0, 2.0, 1.0, 1.0, 1.0])
-    settings = {"use_cache": method, "rel_l1_thresh": 0.1, "approximation": approximation}
-    whole, plan = one_generation(ScriptedTransformer(*curves), values, **settings)
-    single, single_plan = one_generation(ScriptedTransformer(*curves), values, enable_adacorrection=True, **settings)
-    assert plan == single_plan
+    values = growing_values([2.0, 2.0, 1.0, 2.0, 1.0, 1.0, 1.0, 1.0])
+    settings = {"use_cache": method, "approximation": approximation} | BY_HAND[correction]
+    outputs, plan = one_generation(ScriptedTransformer(*curves), values, **settings)
+    length = DEGREES.index(approximation) + 1
+    known: list[list[tuple[int, float]]] = [[], [], []]
+    for step, (value, row, output) in enumerate(zip(values, plan, outputs, strict=True)):
+        for block, evaluated in enumerate(row):
+            if evaluated:
+                known[block] = [*known[block], (step, curves[block](step))][-length:]
+            nodes, residuals = zip(*known[block], strict=True)
+            value += np.polyval(np.polyfit(nodes, residuals, len(nodes) - 1), step)
+        assert output == pytest.approx(value, rel=1e-4)
     assert 0 < sum(row[1] for row in plan) < len(plan)
-    assert single == pytest.approx(whole, rel=1e-5)
 
 
-@pytest.mark.parametrize("family", ["dit", "flux"])
+@contextmanager
+def carried_out(toy: Toy, plan: list[list[int]], order: int) -> Iterator[None]:
+    """A cache of a few lines: each block keeps its own last residuals and does what the plan says."""
+
+    def obeying(index: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        steps = iter(range(len(plan)))
+        history: list[tuple[int, tuple[torch.Tensor, ...]]] = []
+
+        def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                step = next(steps)
+                names = ("encoder_hidden_states", "hidden_states")
+                inputs = args[:1] if toy.family == "dit" else tuple(kwargs[name] for name in names)
+                if plan[step][index]:
+                    output = original(*args, **kwargs)
+                    outputs = (output,) if toy.family == "dit" else output
+                    history.insert(0, (step, tuple(b - a for a, b in zip(inputs, outputs, strict=True))))
+                    return output
+                (newest, residuals), *older = history
+                if order == 1 and older:
+                    slope = (step - newest) / (newest - older[0][0])
+                    residuals = tuple(a + slope * (a - b) for a, b in zip(residuals, older[0][1], strict=True))
+                stood_in = tuple(a + r for a, r in zip(inputs, residuals, strict=True))
+                return stood_in[0] if toy.family == "dit" else stood_in
+
+            return forward
+
+        return wrap
+
+    with ExitStack() as stack:
+        for index, block in enumerate(toy.blocks):
+            stack.enter_context(wrapped(block, "forward", obeying(index)))
+        yield
+
+
+@pytest.mark.parametrize("method", ["Tea", "Fb"])
+@pytest.mark.parametrize("correction", BY_HAND)
 @pytest.mark.parametrize("approximation", ["residual", "taylor-1"])
-def test_the_same_on_real_blocks(toy: Toy, approximation: str) -> None:
-    settings = {"rel_l1_thresh": ALWAYS, "approximation": approximation}
-    with attached(toy.pipeline, "transformer", "Fb", **settings) as engine:
-        whole, plan = drive(toy.transformer, 5), engine.summary()["plan"]
-    with attached(toy.pipeline, "transformer", "Fb", enable_adacorrection=True, **settings) as engine:
-        single = drive(toy.transformer, 5)
-        assert engine.summary()["plan"] == plan
-    for a, b in zip(whole, single, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_on_real_blocks(toy: Toy, approximation: str, correction: str, method: str) -> None:
+    thresholds = {"dit": {"Tea": 0.2, "Fb": 0.08}, "flux": {"Tea": 0.4, "Fb": 0.6}}
+    settings = {"approximation": approximation, "num_steps": 8} | BY_HAND[correction]
+    settings["rel_l1_thresh"] = thresholds[toy.family][method]
+    if correction == "bound":
+        settings["adacorr_tolerance"] = 0.2
+    with attached(toy.pipeline, "transformer", method, **settings) as engine:
+        outputs = drive(toy.transformer, 8)
+        summary = engine.summary()
+    assert 0 < summary["hit_rate"] < 1
+    with carried_out(toy, summary["plan"]["0"], order=int(approximation == "taylor-1")):
+        expected = drive(toy.transformer, 8)
+    for ours, theirs in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_a_budget_extrapolates_over_the_steps_it_did_not_pay_for() -> None:

@@ -65,7 +65,7 @@ def mean_channel_deviation(hidden: np.ndarray) -> float:
     return float(np.sqrt((centred**2).mean(axis=-1)).mean())
 
 
-@pytest.mark.parametrize(("gamma", "strength"), [(0.1, 1.0), (0.25, 0.4)])
+@pytest.mark.parametrize(("gamma", "strength"), [(0.1, 1.0), (0.13, 0.4)])
 @pytest.mark.parametrize("method", [None, "Tea", "Fb"])
 def test_absolute_score_follows_the_published_equations(
     dit: Toy, method: str | None, gamma: float, strength: float

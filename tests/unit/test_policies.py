@@ -152,7 +152,9 @@ def test_tea_compares_what_follows_the_first_norm(toy: Toy) -> None:
 def test_first_block_compares_with_the_last_computed_step() -> None:
     """Block 0's residual creeps: 2% a step against the step before, but 9% against the step that was computed."""
     creeping = [1.0, 1.05, 1.07, 1.09, 1.10, 1.20]
-    transformer = ScriptedTransformer(lambda step: creeping[step], lambda step: 10.0 + step, lambda step: 100.0 + 2 * step)
+    transformer = ScriptedTransformer(
+        lambda step: creeping[step], lambda step: 10.0 + step, lambda step: 100.0 + 2 * step
+    )
     engine = scripted_engine(transformer, use_cache="Fb", rel_l1_thresh=0.08)
     outputs = transformer.run([1.0] * 6)
     plan = engine.summary()["plan"]["0"]

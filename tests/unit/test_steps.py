@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -212,8 +214,8 @@ def test_a_watched_second_order_scheduler_counts_its_calls() -> None:
     scheduler = HeunDiscreteScheduler()
     tracker = watching(scheduler)
 
-    def noting(original):  # noqa: ANN001, ANN202 - a wrapper of whatever it is given
-        def step(*args: object, **kwargs: object) -> object:
+    def noting(original: Callable[..., Any]) -> Callable[..., Any]:
+        def step(*args: Any, **kwargs: Any) -> Any:
             tracker.step_ends()
             return original(*args, **kwargs)
 

@@ -115,7 +115,7 @@ def wrapped(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable
 
 @torch.no_grad()
 def drive(transformer: nn.Module, steps: int, drift: float = 0.03, seed: int = 0) -> list[torch.Tensor]:
-    """Call a DiT or Flux transformer as a sampler would, its input drifting by ``drift`` a step; returns the outputs."""
+    """Call a DiT or Flux transformer as a sampler would, its input moving by ``drift`` a step; returns the outputs."""
     generator = torch.Generator().manual_seed(seed)
     outputs = []
     if type(transformer).__name__ == "DiTTransformer2DModel":
@@ -187,6 +187,7 @@ def growing_values(factors: list[float]) -> list[float]:
 SCRIPTED = ModelDeclaration(
     transformer_class="ScriptedTransformer",
     block_lists=("blocks",),
+    conditioning=(),
     streams=("hidden_states",),
     returns=("hidden_states",),
     modulated_input=lambda block, arguments: arguments["hidden_states"],

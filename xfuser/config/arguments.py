@@ -32,17 +32,13 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_correction_arguments(parser: argparse.ArgumentParser) -> None:
-    """AdaCorrection's settings; the names are those of `CacheConfig`."""
+    """AdaCorrection's settings; the names and defaults are those of `CacheConfig`."""
     group = parser.add_argument_group("AdaCorrection")
     group.add_argument("--enable_adacorrection", action="store_true", help="review the base method's proposals")
-    group.add_argument(
-        "--adacorr_gamma", type=float, default=1.0, help="scale of the correction (default: %(default)s)"
-    )
-    group.add_argument(
-        "--adacorr_lambda", type=float, default=1.0, help="weight of the spatial variation (default: %(default)s)"
-    )
+    group.add_argument("--adacorr_gamma", type=float, help="scale of the correction, above 0 (default: 1.0)")
+    group.add_argument("--adacorr_lambda", type=float, help="weight of the spatial variation (default: 1.0)")
     group.add_argument("--adacorr_mode", choices=MODES, help="default: bound with a tolerance, else budget")
-    group.add_argument("--adacorr_score", choices=SCORES, default="relative", help="default: %(default)s")
+    group.add_argument("--adacorr_score", choices=SCORES, help="offset score (default: relative)")
     group.add_argument(
         "--adacorr_tolerance", type=float, help=f"bound: allowed relative error of a stand-in ({DEFAULT_TOLERANCE})"
     )
@@ -54,17 +50,16 @@ def add_correction_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def correction_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The `CacheConfig` settings of AdaCorrection that a command line named."""
-    return {
-        "enable_adacorrection": True,
-        "adacorr_gamma": args.adacorr_gamma,
-        "adacorr_lambda": args.adacorr_lambda,
-        "adacorr_mode": args.adacorr_mode,
-        "adacorr_score": args.adacorr_score,
-        "adacorr_tolerance": args.adacorr_tolerance,
-        "adacorr_budget": args.adacorr_budget,
-    }
+def correction_settings(args: argparse.Namespace, corrects: bool) -> dict[str, Any]:
+    """The `CacheConfig` settings of AdaCorrection that a command line named.
+
+    Raises:
+        ValueError: One was named, but nothing is corrected.
+    """
+    names = [name for name in vars(args) if name.startswith("adacorr_") and getattr(args, name) is not None]
+    if names and not corrects:
+        raise ValueError(f"--{names[0]} needs AdaCorrection; add --enable_adacorrection")
+    return {"enable_adacorrection": corrects, **{name: getattr(args, name) for name in names}}
 
 
 def positive(text: str) -> int:

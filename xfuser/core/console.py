@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 
 def quiet_libraries() -> None:
@@ -12,3 +13,12 @@ def quiet_libraries() -> None:
     """
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
+
+
+def check_output_folder(path: Path) -> None:
+    """Raise NotADirectoryError early where results could not be written later."""
+    for folder in (path, *path.parents):
+        if folder.exists():
+            if not folder.is_dir():
+                raise NotADirectoryError(f"--output_dir: {folder} is a file; name a folder")
+            return

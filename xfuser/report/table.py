@@ -9,7 +9,6 @@ from rich.text import Text
 
 from xfuser.report.columns import RESULT_COLUMNS, Cell
 
-
 WIDE = 130
 NARROW_COLUMNS = ("speedup", "images_per_second", "hit_rate", "psnr", "fid_vs_uncached")
 

@@ -22,6 +22,8 @@ class ModelDeclaration:
         block_lists: Attributes that hold the blocks, in the order in which they run.
         streams: Names of the block arguments that carry tokens, ``hidden_states`` (the image) first.
         returns: The same names in the order in which a block returns them.
+        conditioning: Arguments of the transformer that stay the same for all steps of a branch; when they change, a new
+            generation has begun.
         modulated_input: From the first block and its bound arguments, what TeaCache compares: the input after the first
             norm's scale and shift, of shape [B, P, D].
         tea_coefficients: TeaCache's polynomial for this family, highest degree first; ``None`` where none is published
@@ -36,6 +38,7 @@ class ModelDeclaration:
     block_lists: tuple[str, ...]
     streams: tuple[str, ...]
     returns: tuple[str, ...]
+    conditioning: tuple[str, ...]
     modulated_input: Callable[[nn.Module, Mapping[str, Any]], torch.Tensor]
     tea_coefficients: tuple[float, ...] | None = None
     between_blocks: tuple[str, ...] = ()

@@ -23,5 +23,6 @@ DECLARATION = ModelDeclaration(
     block_lists=("transformer_blocks",),
     streams=("hidden_states",),
     returns=("hidden_states",),
+    conditioning=("class_labels",),
     modulated_input=modulated_input,
 )

@@ -20,6 +20,7 @@ DECLARATION = ModelDeclaration(
     block_lists=("transformer_blocks", "single_transformer_blocks"),
     streams=("hidden_states", "encoder_hidden_states"),
     returns=("encoder_hidden_states", "hidden_states"),
+    conditioning=("encoder_hidden_states", "pooled_projections"),
     modulated_input=modulated_input,
     tea_coefficients=(498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861),
     between_blocks=("controlnet_block_samples", "controlnet_single_block_samples"),

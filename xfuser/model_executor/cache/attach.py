@@ -35,26 +35,29 @@ def is_attached(owner: Any, name: str = "forward") -> bool:
     return getattr(vars(owner).get(name), "attached_by_xfuser", False)
 
 
-def named_contexts(
-    transformer: nn.Module, note: Callable[[str | None], None]
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A wrapper for diffusers' ``cache_context`` that notes the name of the branch.
+def has_registry(module: nn.Module) -> bool:
+    """Whether diffusers has put its hook registry on the module."""
+    return "_diffusers_hook" in vars(module)
 
-    diffusers' own leaves a hook registry on a transformer that had none; that one is taken away again.
-    """
+
+def drop_empty_registry(module: nn.Module) -> None:
+    """Take off a registry that holds no hook: diffusers leaves one behind whenever it merely looks for it."""
+    if has_registry(module) and not module._diffusers_hook.hooks:
+        del module._diffusers_hook
+
+
+def named_contexts(note: Callable[[str | None], None]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A wrapper for diffusers' ``cache_context`` that notes the name of the branch."""
 
     def wrap(original: Callable[..., AbstractContextManager[None]]) -> Callable[..., AbstractContextManager[None]]:
         @contextmanager
         def cache_context(name: str, **keywords: Any) -> Any:
-            had_registry = "_diffusers_hook" in vars(transformer)
             note(name)
             try:
                 with original(name, **keywords):
                     yield
             finally:
                 note(None)
-                if not had_registry and "_diffusers_hook" in vars(transformer):
-                    del transformer._diffusers_hook
 
         return cache_context
 

@@ -6,6 +6,7 @@ from collections import deque
 from typing import Any
 
 import torch
+from torch import nn
 
 from xfuser.config import CacheConfig
 from xfuser.core.distributed.statistics import SumExchange
@@ -58,16 +59,19 @@ class Deliberation:
         lower = extrapolation_weights(step, nodes, self.order, 0.0) if nodes else ()
         full = extrapolation_weights(step, nodes, self.order) if nodes else ()
         active.pending.rows[row] = offset_sums(sample, [earlier for _, earlier in history], lower, full)
-        if nodes:
-            order = min(self.order, len(nodes) - 1)
-            active.pending.notes[row] = (remainder(step, nodes, order), order)
+        order = min(self.order, len(nodes) - 1)
+        active.pending.notes[row] = (remainder(step, nodes, order) if nodes else 0.0, order)
         history.appendleft((step, sample))
 
-    def decide(self, active: Active, block: Any, probed: Streams | None) -> tuple[StepPlan, Review, bool]:
+    def signal(self, active: Active, block: nn.Module, probed: Streams | None) -> torch.Tensor:
+        """The base method's sums of this step; ``probed`` are the first block's outputs, where it probes it."""
+        state = active.branch.policy_state
+        return self.policy.measure(state, block, active.first_arguments, active.first_inputs, probed)
+
+    def decide(self, active: Active, signal: torch.Tensor, probed: Streams | None) -> tuple[StepPlan, Review, bool]:
         """The step's plan, what the reviewer said, and what the base method had proposed."""
         branch, call = active.branch, active.call
         units, probe_units = len(branch.memory.references), self.policy.probe_blocks
-        signal = self.policy.measure(branch.policy_state, block, active.first_arguments, active.first_inputs, probed)
         inputs = (active.first_inputs if probed is None else probed)[0]
         reduced = iter(self.exchange.sum(torch.cat(self._told(branch, signal, inputs))))
         sums, drift, unusable, rows = (_take(reduced, n) for n in (len(signal), DRIFT, 1, None))
@@ -77,6 +81,7 @@ class Deliberation:
             self.statistics.non_finite += 1
             branch.memory.clear()
             branch.samples.clear()
+            branch.spatial.clear()
         nodes = tuple(branch.memory.nodes(unit) for unit in range(units))
         offset = self._score(*drift, inputs.shape[-1])
         review = self.reviewer.review(
@@ -124,15 +129,16 @@ class Deliberation:
             row = OffsetRow(*numbers[unit * ROW : (unit + 1) * ROW])
             if not row.finite:
                 continue
-            observations.append(Observation(unit, row, lag, order))
-            if unit < len(branch.memory.references):
-                self._note(branch, pending.record, unit, row)
+            if order >= 0:
+                observations.append(Observation(unit, row, lag, order, unit == len(branch.memory.references)))
+                if unit < len(branch.memory.references):
+                    self._note(branch, pending.record, unit, row)
+            branch.spatial[unit] = row.spatial
         self.reviewer.learn(branch.review_state, observations)
 
     def _note(self, branch: Branch, record: StepRecord, unit: int, row: OffsetRow) -> None:
         channels = branch.samples[unit][0][1].inputs.shape[-1] if unit in branch.samples else 1
         reference_spatial = branch.spatial.get(unit, row.spatial)
-        branch.spatial[unit] = row.spatial
         record.true[unit] = row.error(self.reviewer.error_weight(branch.review_state, unit))
         record.offsets[unit] = self._score(
             row.tokens, row.drift, row.reference_norm, row.spatial, reference_spatial, channels

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from xfuser.config import CacheConfig
@@ -12,9 +13,9 @@ from xfuser.core.distributed.statistics import SumExchange
 from xfuser.model_executor.adapters import BoundArguments, ModelDeclaration, Streams
 from xfuser.model_executor.cache.adacorrection.blending import BlendReviewer
 from xfuser.model_executor.cache.approximation import extrapolation_weights
-from xfuser.model_executor.cache.attach import Replacement, named_contexts
+from xfuser.model_executor.cache.attach import Replacement, drop_empty_registry, has_registry, named_contexts
 from xfuser.model_executor.cache.deliberation import Deliberation
-from xfuser.model_executor.cache.flops import FlopCount
+from xfuser.model_executor.cache.flops import FlopCount, StepFlops
 from xfuser.model_executor.cache.plan import StepPlan
 from xfuser.model_executor.cache.policies import build_policy
 from xfuser.model_executor.cache.state import Active, Branch, Pending
@@ -46,7 +47,7 @@ class CacheEngine:
         self._branches: dict[BranchKey, Branch] = {}
         self._active: Active | None = None
         self._context: str | None = None
-        self._flops: dict[tuple[Any, ...], tuple[list[float], float]] = {}
+        self._flops: dict[tuple[Any, ...], StepFlops] = {}
         self._units: list[tuple[int, int]] = []
         self._replacements: list[Replacement] = []
         self._attach()
@@ -74,16 +75,20 @@ class CacheEngine:
         self.statistics.reset()
 
     def remove(self) -> None:
-        """Take the engine off again: every attribute is what it was before."""
+        """Take the engine off again: every attribute is what it was before. `summary` still tells what happened."""
+        self._flush()
         while self._replacements:
             self._replacements.pop().undo()
-        self.reset()
+        self._branches.clear()
+        self.tracker.reset()
+        if not self._had_registry:
+            drop_empty_registry(self.transformer)
 
-    def known_flops(self) -> dict[tuple[Any, ...], tuple[list[float], float]]:
-        """FLOPs of each block and of the whole transformer, by the input's shape, dtype and device."""
+    def known_flops(self) -> dict[tuple[Any, ...], StepFlops]:
+        """What one call costs, by the shapes of its arguments."""
         return dict(self._flops)
 
-    def learn_flops(self, known: dict[tuple[Any, ...], tuple[list[float], float]] | None) -> None:
+    def learn_flops(self, known: dict[tuple[Any, ...], StepFlops] | None) -> None:
         """Take over an earlier engine's count for the same transformer, so that it need not be counted again."""
         self._flops.update(known or {})
 
@@ -111,11 +116,12 @@ class CacheEngine:
     # -- attaching ----------------------------------------------------------------------------------------------------
 
     def _attach(self) -> None:
+        self._had_registry = has_registry(self.transformer)
         self._root_arguments = BoundArguments(self.transformer.forward)
         self._block_arguments = [BoundArguments(block.forward) for block in self.blocks]
         self._replacements.append(Replacement(self.transformer, "forward", self._wrap_root))
         if hasattr(self.transformer, "cache_context"):
-            wrap = named_contexts(self.transformer, self._note_context)
+            wrap = named_contexts(self._note_context)
             self._replacements.append(Replacement(self.transformer, "cache_context", wrap))
         for index, block in enumerate(self.blocks):
             self._replacements.append(Replacement(block, "forward", self._block_wrapper(index)))
@@ -145,17 +151,19 @@ class CacheEngine:
     def _run_transformer(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         sample = self._root_arguments.read("hidden_states", args, kwargs)
         timestep = self._root_arguments.read("timestep", args, kwargs)
-        call = self.tracker.begin(timestep, sample, self._context)
+        conditioning = [self._root_arguments.read(name, args, kwargs) for name in self.declaration.conditioning]
+        call = self.tracker.begin(timestep, sample, self._context, conditioning)
         if call.starts_generation:
             self._start_generation(args, kwargs)
         active = self._open(call)
-        signature = (tuple(sample.shape), sample.dtype, str(sample.device))
+        signature = _signature(args, kwargs)
         try:
             if signature not in self._flops:
                 active.block_flops = [0.0] * len(self.blocks)
                 with FlopCount() as self._counter:
                     output = original(*args, **kwargs)
-                self._flops[signature] = (active.block_flops, float(self._counter.total))
+                total = float(self._counter.total) - active.signal_flops
+                self._flops[signature] = StepFlops(tuple(active.block_flops), total, active.signal_flops)
             else:
                 output = original(*args, **kwargs)
         except BaseException:
@@ -163,7 +171,7 @@ class CacheEngine:
             raise
         finally:
             self._active = None
-        self._close(active, *self._flops[signature])
+        self._close(active, self._flops[signature])
         return output
 
     def _start_afresh(self) -> None:
@@ -199,8 +207,8 @@ class CacheEngine:
         self._unit_ending = {last: index for index, (_, last) in enumerate(self._units)}
         return self._active
 
-    def _close(self, active: Active, block_flops: list[float], total_flops: float) -> None:
-        self.statistics.add(active.call.branch, active.record, block_flops, total_flops)
+    def _close(self, active: Active, flops: StepFlops) -> None:
+        self.statistics.add(active.call.branch, active.record, flops)
         active.branch.pending = active.pending if active.pending.rows else None
         if active.call.is_last and self.exchange.group is not None:
             self.deliberation.tell(active.branch)
@@ -272,7 +280,11 @@ class CacheEngine:
     # -- the decision -------------------------------------------------------------------------------------------------
 
     def _decide(self, active: Active, probed: Streams | None) -> None:
-        plan, review, active.record.proposed = self.deliberation.decide(active, self.blocks[0], probed)
+        before = self._counter.total if active.block_flops is not None else 0
+        signal = self.deliberation.signal(active, self.blocks[0], probed)
+        if active.block_flops is not None:
+            active.signal_flops = float(self._counter.total - before)
+        plan, review, active.record.proposed = self.deliberation.decide(active, signal, probed)
         self._adopt(active, plan, review.predicted)
 
     def _adopt(self, active: Active, plan: StepPlan, predicted: tuple[float, ...]) -> None:
@@ -306,3 +318,9 @@ class CacheEngine:
             return
         for branch in self._branches.values():
             self.deliberation.tell(branch)
+
+
+def _signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """Shapes of all tensors that the transformer is called with."""
+    named = [*enumerate(args), *sorted(kwargs.items())]
+    return tuple((name, tuple(value.shape)) for name, value in named if isinstance(value, torch.Tensor))

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """FLOPs of one call of the transformer.
+
+    Attributes:
+        blocks: Of each block.
+        total: Of the whole transformer, as it is without a cache.
+        signal: What the base method's signal costs on top.
+    """
+
+    blocks: tuple[float, ...]
+    total: float
+    signal: float
 
 
 class FlopCount(TorchDispatchMode):

@@ -39,7 +39,7 @@ class StepContext:
 
 @dataclass(frozen=True)
 class Observation:
-    """What an evaluated step showed of one unit, or (`unit` = number of units) of the run behind the probed ones.
+    """What an evaluated step showed of one unit, or (``is_run``) of the run of all units behind the probed ones.
 
     ``remainder`` is the lag's part of the stand-in's error, ``order`` the order that its history allowed.
     """
@@ -48,6 +48,7 @@ class Observation:
     row: OffsetRow
     remainder: float
     order: int
+    is_run: bool = False
 
 
 @dataclass(frozen=True)

@@ -52,3 +52,4 @@ class Active:
     stand_ins: dict[int, tuple[int, tuple[float, ...]]] = field(default_factory=dict)
     skip_until: int = -1
     block_flops: list[float] | None = None
+    signal_flops: float = 0.0

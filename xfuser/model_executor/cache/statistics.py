@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from xfuser.model_executor.cache.flops import StepFlops
 from xfuser.model_executor.cache.steps import BranchKey
 
 
@@ -64,13 +65,14 @@ class Statistics:
         self.generations += 1
         self.generation = Generation()
 
-    def add(self, branch: BranchKey, record: StepRecord, flops: list[float], total_flops: float) -> None:
-        """Count one finished call. ``flops`` are the blocks', ``total_flops`` the whole transformer's."""
+    def add(self, branch: BranchKey, record: StepRecord, flops: StepFlops) -> None:
+        """Count one finished call. What the base method's signal costs is taken off what it saved."""
         self.calls += 1
         self.proposed += record.proposed
         self.evaluated += sum(record.evaluated)
-        self.flops += total_flops
-        self.flops_skipped += sum(cost for cost, done in zip(flops, record.evaluated, strict=True) if not done)
+        self.flops += flops.total
+        skipped = sum(cost for cost, done in zip(flops.blocks, record.evaluated, strict=True) if not done)
+        self.flops_skipped += skipped - flops.signal
         self.generation.records.setdefault(branch, []).append(record)
 
     def count_prediction(self, predicted: float, true: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +68,7 @@ class StepTracker:
         self._step = _Step()
         self._fresh = True
         self._step_closed = True
+        self._conditions: dict[Any, list[Any]] = {}
 
     # -- with a scheduler ---------------------------------------------------------------------------------------------
 
@@ -81,10 +83,16 @@ class StepTracker:
 
     # -- each call of the transformer ---------------------------------------------------------------------------------
 
-    def begin(self, timestep: Any, sample: torch.Tensor, context: str | None) -> Call:
-        """Place a call. ``sample`` is the transformer's input, ``context`` the name given through cache_context."""
+    def begin(self, timestep: Any, sample: torch.Tensor, context: str | None, conditioning: Sequence[Any] = ()) -> Call:
+        """Place a call.
+
+        ``sample`` is the transformer's input, ``context`` the name given through cache_context, ``conditioning`` what
+        stays the same for all steps of a branch.
+        """
         value = _scalar(timestep)
-        starts = self._fresh or (self._scheduler is None and self._is_new_generation(value, sample, context))
+        starts = self._fresh or (
+            self._scheduler is None and self._is_new_generation(value, sample, context, conditioning)
+        )
         if starts:
             self.reset()
             self._fresh = False
@@ -94,11 +102,16 @@ class StepTracker:
             self._index += 1
             self._step = _Step(value, sample if self._index == 0 else None)
             self._step_closed = False
-        name = context if context is not None else sum(not isinstance(seen, str) for seen in self._step.names)
+        name = self._next_name(context)
+        self._conditions.setdefault(name, list(conditioning))
         self._step.names.append(name)
         self._step.shapes.add(tuple(sample.shape))
         branch = (name, tuple(sample.shape), sample.dtype, str(sample.device))
         return Call(self._index, branch, starts, self._num_steps())
+
+    def _next_name(self, context: str | None) -> Any:
+        """A branch's name: its context, or its place among the step's calls without one."""
+        return context if context is not None else sum(not isinstance(seen, str) for seen in self._step.names)
 
     def _num_steps(self) -> int | None:
         if self._scheduler is None:
@@ -123,7 +136,9 @@ class StepTracker:
             return False
         return len(self._step.names) >= max(1, self._branches_per_step)
 
-    def _is_new_generation(self, value: float | None, sample: torch.Tensor, context: str | None) -> bool:
+    def _is_new_generation(
+        self, value: float | None, sample: torch.Tensor, context: str | None, conditioning: Sequence[Any]
+    ) -> bool:
         previous = self._step.timestep
         if value is None or previous is None:
             return value is not previous
@@ -132,6 +147,9 @@ class StepTracker:
                 return not self._is_branch_of_first_step(sample, context)
             return self._ran_out() and self._repeats(sample, context)
         if (value - previous) * self._direction < 0:
+            return True
+        known = self._conditions.get(0 if context is None else context)
+        if known is not None and not _same(known, conditioning):
             return True
         if self._ran_out() and not self._warned:
             self._warned = True
@@ -145,12 +163,24 @@ class StepTracker:
         if context is not None and context in self._step.names:
             return False
         first = self._step.sample
-        if first is None or first.shape != sample.shape or first.dtype != sample.dtype or first.device != sample.device:
+        if first is None or first.shape != sample.shape:
             return first is not None and context is not None
-        return first is sample or torch.equal(first, sample)
+        return first is sample or _equal(first, sample)
 
     def _ran_out(self) -> bool:
         return self._told_steps is not None and self._index >= self._told_steps - 1
+
+
+def _same(known: Sequence[Any], given: Sequence[Any]) -> bool:
+    """Whether two lists of tensors hold the same values. Pipelines hand over the same objects, which costs nothing."""
+    return all(
+        a is b or (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.shape == b.shape and _equal(a, b))
+        for a, b in zip(known, given, strict=True)
+    )
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
 
 def _scalar(timestep: Any) -> float | None:

@@ -8,13 +8,17 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, DiTPipeline, FluxPipeline
+from packaging import version
 
 from xfuser.model_executor.pipelines.toy_flux import SIZE, build_toy_flux
 
 TOY = "toy"
+# diffusers renamed the argument.
+DTYPE = "dtype" if version.parse(diffusers.__version__) >= version.parse("0.42") else "torch_dtype"
 
 
 def shipped_tiny_dit() -> Path:
@@ -122,7 +126,7 @@ def load_pipeline(
             raise ValueError(f"there is no toy model of type {model_type!r}; name a folder or a hub id")
         return _ready(LoadedPipeline(build_toy_flux(), model_type, f"{TOY}-{model_type}", dtype), device)
     try:
-        pipeline = spec.pipeline_class.from_pretrained(source, torch_dtype=dtype, use_safetensors=True)
+        pipeline = spec.pipeline_class.from_pretrained(source, use_safetensors=True, **{DTYPE: dtype})
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"cannot load {source!r} as {spec.pipeline_class.__name__}: {reason}") from error

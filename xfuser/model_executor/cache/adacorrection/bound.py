@@ -23,7 +23,7 @@ LONGEST_LAG = 10  # steps; beyond it nothing that was seen tells how the error g
 class BoundState:
     """``margin`` is added to the logarithm of every prediction and follows the coverage of those ``predicted`` last."""
 
-    estimate: ErrorEstimate = field(default_factory=ErrorEstimate)
+    estimate: ErrorEstimate
     margin: float = MARGIN_START
     drift: DriftMonitor = field(default_factory=DriftMonitor)
     predicted: tuple[float, ...] = ()
@@ -45,14 +45,19 @@ class BoundReviewer(Reviewer):
         self.order = ORDERS[config.stand_in]
 
     def new_state(self, units: int) -> BoundState:
-        return BoundState()
+        return BoundState(ErrorEstimate(self.order))
 
     def learn(self, state: BoundState, observations: list[Observation]) -> None:
         for each in observations:
             if each.unit < len(state.predicted) and math.isfinite(state.predicted[each.unit]):
-                exceeded = self.config.adacorr_gamma * each.row.error(1.0) > state.predicted[each.unit]
+                exceeded = (
+                    self.config.adacorr_gamma * each.row.error(state.estimate.weight) > state.predicted[each.unit]
+                )
                 state.margin += MARGIN_STEP * (exceeded - (1 - COVERAGE))
-        state.estimate.observe(observations, 1.0)
+        state.estimate.observe(observations)
+
+    def error_weight(self, state: BoundState, unit: int) -> float:
+        return state.estimate.weight
 
     def review(self, state: BoundState, context: StepContext) -> Review:
         unusual = state.drift.ratio(context.offset, context.offset_lag)
@@ -60,7 +65,7 @@ class BoundReviewer(Reviewer):
         state.predicted = predicted
         allowed = self.config.tolerance * (0.5 if context.proposal else 1.0)
         evaluate = tuple(not error < allowed for error in predicted)
-        return Review(StepPlan(evaluate, (1.0,) * context.units), predicted)
+        return Review(StepPlan(evaluate, (state.estimate.weight,) * context.units), predicted)
 
     def _predict(self, state: BoundState, context: StepContext, unit: int) -> float:
         nodes = context.nodes[unit]

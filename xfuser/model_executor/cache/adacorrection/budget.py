@@ -7,23 +7,37 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from xfuser.config import CacheConfig
+from xfuser.model_executor.cache.adacorrection.drift import DriftMonitor
 from xfuser.model_executor.cache.adacorrection.estimate import ErrorEstimate
+from xfuser.model_executor.cache.adacorrection.schedule import refresh_rates
 from xfuser.model_executor.cache.approximation import ORDERS, remainder
 from xfuser.model_executor.cache.plan import StepPlan
 from xfuser.model_executor.cache.review import Observation, Review, Reviewer, StepContext
 
+ROUNDING = 1e-9
+
 
 @dataclass
 class BudgetState:
-    """``spent`` counts unit evaluations; ``phase`` reaches 1 when the next whole step is due."""
+    """``spent`` counts unit evaluations, ``proposed`` those that the base method asked for; the next whole step is due
+    when ``phase`` reaches 1.
+    """
 
-    estimate: ErrorEstimate = field(default_factory=ErrorEstimate)
+    estimate: ErrorEstimate
+    drift: DriftMonitor = field(default_factory=DriftMonitor)
     spent: float = 0.0
+    proposed: float = 0.0
     phase: float = 0.0
 
 
 class BudgetReviewer(Reviewer):
-    """Spends a share of all block evaluations on whole steps, and only so much."""
+    """Spends a share of all block evaluations, and only so much, on whole steps.
+
+    The share is `adacorr_budget`, or, where none is named, what the base method has proposed so far. Whole steps,
+    because the errors of neighbouring blocks cancel while all of them are approximated alike, and refreshing one of
+    them breaks that. Evenly in demand: each step adds (steps affordable) / (steps left) × demand^γ to a phase, where
+    the demand is how unusual the step's offset score is for its lag; a refresh is due when the phase reaches 1.
+    """
 
     measures: ClassVar[bool] = True
 
@@ -32,33 +46,44 @@ class BudgetReviewer(Reviewer):
         self.order = ORDERS[config.stand_in]
 
     def new_state(self, units: int) -> BudgetState:
-        return BudgetState()
+        return BudgetState(ErrorEstimate(self.order))
 
     def learn(self, state: BudgetState, observations: list[Observation]) -> None:
-        state.estimate.observe(observations, 1.0)
+        state.estimate.observe(observations)
+
+    def error_weight(self, state: BudgetState, unit: int) -> float:
+        return state.estimate.weight
 
     def review(self, state: BudgetState, context: StepContext) -> Review:
-        evaluate = context.proposal if self.config.adacorr_budget is None else self._is_due(state, context)
+        state.proposed += context.units if context.proposal else context.probed
+        evaluate = self._is_due(state, context)
         state.spent += context.units if evaluate else context.probed
         predicted = tuple(self._predict(state, context, unit) for unit in range(context.units))
-        return Review(StepPlan.whole(context.units, evaluate), predicted)
+        return Review(StepPlan.whole(context.units, evaluate, state.estimate.weight), predicted)
 
     def _is_due(self, state: BudgetState, context: StepContext) -> bool:
         call, whole = context.call, context.units - context.probed
+        demand = state.drift.ratio(context.offset, context.offset_lag) ** self.config.adacorr_gamma
+        share = self.config.adacorr_budget
+        if share is None:
+            share = state.proposed / (context.units * (call.step + 1))
+        if whole == 0 or share >= 1:
+            return True
         if call.num_steps is None:
-            affordable = self.config.adacorr_budget * context.units - context.probed
-            rate = affordable / whole
+            rate = (share * context.units - context.probed) / whole
         else:
             left = call.num_steps - call.step
-            total = self.config.adacorr_budget * context.units * call.num_steps
+            total = share * context.units * call.num_steps
             affordable = (total - state.spent - context.probed * left) / whole
             if call.is_last:
                 return affordable >= 0.5
-            rate = (affordable - 1) / (left - 1)
+            if affordable - 1 > left - 1.5:  # otherwise the rest of the budget would be left over
+                return True
+            rate = refresh_rates(call.step, left - 1, call.num_steps, max(affordable - 1, 0.0))[0]
         if len(context.nodes[-1]) <= min(self.order, 1):
             return True
-        state.phase += rate
-        if state.phase < 1 - 1e-9:
+        state.phase += max(rate, 0.0) * min(max(demand, 0.5), 2.0)
+        if state.phase < 1 - ROUNDING:
             return False
         state.phase -= 1
         return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from statistics import fmean, median
 
+from xfuser.model_executor.cache.adacorrection.offset import OffsetRow
 from xfuser.model_executor.cache.review import Observation
 
 # A new observation counts at least this much against everything seen before: the curvature of a trajectory changes.
@@ -12,6 +13,7 @@ NEWEST_SHARE = 0.5
 # How much of what refreshed layers show in common is believed of layers that were not refreshed.
 SHARED_SURPRISE = 0.5
 SMALLEST_ERROR = 1e-9
+WEIGHT_MEMORY = 0.7  # share of the older evaluations in the correction weight
 
 
 class ErrorEstimate:
@@ -22,15 +24,31 @@ class ErrorEstimate:
     every evaluation measures for free. A layer that has shown nothing yet starts from the layers' median.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, order: int) -> None:
+        self.order = order
         self._levels: dict[tuple[int, int], float] = {}
+        self._cross = 0.0
+        self._square = 0.0
 
-    def observe(self, observations: list[Observation], weight: float) -> None:
-        """Learn from one step's evaluations; ``weight`` is the correction weight that the stand-ins would have had."""
+    @property
+    def weight(self) -> float:
+        """The correction weight w: how much of the stand-in's highest term would have been right, 0 to 1.
+
+        The least-squares answer of the evaluations so far, min_w Σ‖r − r̂ − w·x‖² with x the highest term, recent ones
+        counting more, of the whole run of blocks where it was evaluated as a whole. One weight for all layers, so that
+        their stand-ins merge into one.
+        """
+        if self._square <= 0:
+            return 1.0
+        return min(max(self._cross / self._square, 0.0), 1.0)
+
+    def observe(self, observations: list[Observation]) -> None:
+        """Learn from one step's evaluations."""
+        weight = self.weight
         surprises: dict[int, list[float]] = {}
         seen = set()
         for each in observations:
-            if each.remainder <= 0:
+            if each.remainder <= 0 or each.row.output_square <= 0:
                 continue
             key = (each.unit, each.order)
             shown = math.log(max(each.row.error(weight), SMALLEST_ERROR)) - math.log(each.remainder)
@@ -42,6 +60,15 @@ class ErrorEstimate:
         for key in self._levels.keys() - seen:
             if key[1] in surprises:
                 self._levels[key] += SHARED_SURPRISE * fmean(surprises[key[1]])
+        full = [each for each in observations if each.order == self.order > 0 and each.row.output_square > 0]
+        self._learn_weight([each.row for each in full if each.is_run] or [each.row for each in full])
+
+    def _learn_weight(self, rows: list[OffsetRow]) -> None:
+        if rows:
+            cross = sum(row.cross / row.output_square for row in rows)
+            square = sum(row.highest_square / row.output_square for row in rows)
+            self._cross = WEIGHT_MEMORY * self._cross + cross
+            self._square = WEIGHT_MEMORY * self._square + square
 
     def predict(self, unit: int, order: int, remainder: float) -> float:
         """Expected relative error of the unit's stand-in; NaN while nothing is known of that order."""

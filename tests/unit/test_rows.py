@@ -1,0 +1,213 @@
+"""Rows of the comparison, and the command lines in front of the cache."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmark.cache_execute import parser as comparison_parser
+from benchmark.rows import Row, build_rows
+from xfuser import cli
+from xfuser.config.arguments import correction_settings
+
+THRESHOLDS = {"Tea": 0.25, "Fb": 0.125}
+
+
+def rows_for(*names: str, options: str = "", approximation: str | None = None) -> list[Row]:
+    """Rows as the command line makes them."""
+    args = comparison_parser().parse_args(["--cache_methods", *names, *options.split()])
+    return build_rows(
+        args.cache_methods, THRESHOLDS, args.enable_adacorrection, correction_settings(args, True), approximation
+    )
+
+
+def names_of(rows: list[Row]) -> list[str]:
+    return [row.method for row in rows]
+
+
+TEA = ["Tea", "Tea[taylor-1]", "Tea+AdaCorrection"]
+FB = ["Fb", "Fb[taylor-1]", "Fb+AdaCorrection"]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["None"], ["None"]),
+        (["Tea"], ["None", "Tea"]),
+        (["Fb", "None", "Tea"], ["None", "Fb", "Tea"]),
+        (["Tea", "Tea", "None", "None"], ["None", "Tea"]),
+        (["Tea+AdaCorrection"], ["None", *TEA]),
+        (["Tea", "Tea+AdaCorrection"], ["None", *TEA]),
+        (["Tea+AdaCorrection", "Tea"], ["None", *TEA]),
+        (["Fb+AdaCorrection", "Tea"], ["None", *FB, "Tea"]),
+        (["All"], ["None", *TEA, *FB]),
+        (["Tea", "All", "Fb"], ["None", *TEA, *FB]),
+        (["Fb", "All"], ["None", *FB, *TEA]),
+    ],
+)
+def test_names_order_and_duplicates(names: list[str], expected: list[str]) -> None:
+    assert names_of(rows_for(*names)) == expected
+
+
+def test_enable_adacorrection_corrects_every_method_named() -> None:
+    assert names_of(rows_for("Tea", "Fb", options="--enable_adacorrection")) == ["None", *TEA, *FB]
+    assert names_of(rows_for("None", options="--enable_adacorrection")) == ["None"]
+
+
+def test_settings_of_the_rows() -> None:
+    rows = {row.method: row for row in rows_for("All")}
+    assert rows["None"].base is None and rows["None"].config.use_cache is None
+    for base, threshold in THRESHOLDS.items():
+        group = [rows[base], rows[f"{base}[taylor-1]"], rows[f"{base}+AdaCorrection"]]
+        assert [row.base for row in group] == [base] * 3
+        assert [row.config.use_cache for row in group] == [base] * 3
+        assert [row.config.rel_l1_thresh for row in group] == [threshold] * 3
+        assert [row.config.mode for row in group] == [None, None, "budget"]
+        assert [row.config.stand_in for row in group] == ["residual", "taylor-1", "taylor-1"]
+        assert [row.matched for row in group] == [False, False, True]
+
+
+def test_a_matched_row_takes_the_budget_it_is_given() -> None:
+    row = rows_for("Tea+AdaCorrection")[-1]
+    assert row.config.adacorr_budget is None
+    spent = row.with_budget(0.375)
+    assert spent.config.adacorr_budget == 0.375
+    assert (spent.method, spent.config.rel_l1_thresh) == (row.method, row.config.rel_l1_thresh)
+    assert row.config.adacorr_budget is None
+
+
+@pytest.mark.parametrize(
+    ("options", "approximation", "expected", "mode"),
+    [
+        ("--adacorr_tolerance 0.1", None, TEA, "bound"),
+        ("--adacorr_budget 0.5", None, TEA, "budget"),
+        ("", "taylor-2", ["Tea", "Tea[taylor-2]", "Tea+AdaCorrection"], "budget"),
+        # The correction stands in as the base method does: there is nothing to tell apart.
+        ("", "residual", ["Tea", "Tea+AdaCorrection"], "budget"),
+        # The published blend reuses an activation, which no base method does.
+        ("--adacorr_mode blend", None, ["Tea", "Tea+AdaCorrection"], "blend"),
+    ],
+)
+def test_rows_of_other_corrections(options: str, approximation: str | None, expected: list[str], mode: str) -> None:
+    rows = rows_for("Tea+AdaCorrection", options=options, approximation=approximation)
+    assert names_of(rows) == ["None", *expected]
+    assert rows[-1].config.mode == mode
+    assert rows[-1].matched == (mode == "budget" and "budget" not in options)
+
+
+def test_an_approximation_without_a_correction_is_a_row_of_its_own() -> None:
+    assert names_of(rows_for("Tea", approximation="taylor-2")) == ["None", "Tea", "Tea[taylor-2]"]
+    assert names_of(rows_for("Tea", approximation="residual")) == ["None", "Tea"]
+
+
+@pytest.mark.parametrize("name", ["tea", "Teacache", "+AdaCorrection", "None+AdaCorrection", "Tea+", ""])
+def test_an_unknown_name_lists_the_known_ones(name: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        rows_for("Tea", name)
+    for word in ("--cache_methods", repr(name), "None", "Tea", "Fb", "Tea+AdaCorrection", "Fb+AdaCorrection", "All"):
+        assert word in str(caught.value)
+
+
+def test_the_command_lines_defaults() -> None:
+    args = cli.build_parser().parse_args(["generate"])
+    assert (args.model_type, args.use_cache, args.seed, args.num_inference_steps) == ("tiny-dit", "None", 42, 50)
+    assert args.rel_l1_thresh is None and args.enable_adacorrection is False
+    assert args.run is cli.run_generate
+
+
+def settings_for(line: str) -> dict[str, Any]:
+    return cli.cache_settings(cli.build_parser().parse_args(["generate", *line.split()]), THRESHOLDS)
+
+
+def test_cache_settings_from_the_command_line() -> None:
+    assert settings_for("") == {"use_cache": None, "approximation": None, "enable_adacorrection": False}
+    assert settings_for("--use_cache Fb")["rel_l1_thresh"] == 0.125
+    assert settings_for("--use_cache Fb --rel_l1_thresh 0.5")["rel_l1_thresh"] == 0.5
+    assert settings_for("--use_cache Fb --rel_l1_thresh 0")["rel_l1_thresh"] == 0
+    corrected = settings_for("--use_cache Tea --enable_adacorrection --adacorr_tolerance 0.2 --adacorr_gamma 2")
+    assert corrected["enable_adacorrection"] is True
+    assert (corrected["adacorr_tolerance"], corrected["adacorr_gamma"]) == (0.2, 2.0)
+
+
+def generate(*arguments: str) -> None:
+    cli.main(["generate", "--model_type", "flux", "--num_inference_steps", "4", *arguments])
+
+
+def test_generate_writes_images_and_statistics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generate("--prompt", "a", "--output_dir", str(tmp_path), "--use_cache", "Fb")
+    document = json.loads((tmp_path / "statistics.json").read_text())
+    image = Image.open(tmp_path / "image_00000.png")
+    assert image.size == (64, 64) and image.mode == "RGB"
+    assert np.asarray(image).std() > 1
+    assert document["images"] == ["image_00000.png"]
+    assert (document["cache"]["method"], document["cache"]["steps"]) == ("Fb", 4)
+    assert document["request"]["conditions"] == ["a"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["image_00000.png", "statistics.json"]
+    assert "hit rate" in capsys.readouterr().out
+
+
+def test_generate_takes_prompts_and_seeds_in_turn(tmp_path: Path) -> None:
+    """Image i has prompt i modulo their number and seed 42 + i, whatever the batch size."""
+    whole, single = tmp_path / "whole", tmp_path / "single"
+    common = ["--prompt", "a", "b", "--num_images", "3", "--use_cache", "None"]
+    generate(*common, "--output_dir", str(whole), "--batch_size", "3")
+    generate(*common, "--output_dir", str(single), "--batch_size", "1")
+    pixels = [
+        [np.asarray(Image.open(folder / f"image_{index:05d}.png")).astype(int) for index in range(3)]
+        for folder in (whole, single)
+    ]
+    for together, alone in zip(*pixels, strict=True):
+        assert np.abs(together - alone).max() <= 1
+    assert np.abs(pixels[0][0] - pixels[0][2]).max() > 10
+
+
+FLUX = ["--model_type", "flux", "--prompt", "a"]
+WRONG: dict[str, list[str]] = {
+    "no prompt": ["--model_type", "flux"],
+    "a class for a prompt model": [*FLUX, "--class_label", "3"],
+    "a negative threshold": [*FLUX, "--use_cache", "Tea", "--rel_l1_thresh", "-1"],
+    "a threshold that is no number": [*FLUX, "--use_cache", "Tea", "--rel_l1_thresh", "nan"],
+    "a correction that is off": [*FLUX, "--adacorr_budget", "0.5"],
+    "tolerance and budget": [*FLUX, "--enable_adacorrection", "--adacorr_budget", "0.5", "--adacorr_tolerance", "1"],
+    "a gamma of 0": [*FLUX, "--enable_adacorrection", "--adacorr_gamma", "0"],
+    "a budget above 1": [*FLUX, "--enable_adacorrection", "--adacorr_budget", "1.5"],
+    "a prompt for a class model": ["--model_type", "dit", "--prompt", "a"],
+    "a model that is not there": [*FLUX, "--model", "EMPTY"],
+    "an output folder that is a file": [*FLUX, "--num_inference_steps", "1", "--output_dir", "FILE"],
+}
+
+
+@pytest.mark.parametrize("arguments", WRONG.values(), ids=WRONG)
+def test_wrong_arguments_say_so_in_one_line(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    places = {"EMPTY": str(tmp_path / "empty"), "FILE": str(tmp_path / "file")}
+    with warnings.catch_warnings(record=True) as said, pytest.raises(SystemExit) as caught:
+        warnings.simplefilter("default")
+        cli.main(["generate", "--output_dir", str(tmp_path / "out"), *(places.get(each, each) for each in arguments)])
+    assert caught.value.code == 2
+    # What Python would have printed as well.
+    assert not [str(each.message) for each in said if not issubclass(each.category, DeprecationWarning)]
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("xdit generate: ")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--use_cache", "Nope"], ["--num_images", "0"], ["--batch_size", "x"], ["--unknown"], ["--adacorr_mode", "x"]],
+)
+def test_arguments_that_the_parser_refuses(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["generate", *FLUX, *arguments])
+    assert caught.value.code == 2
+    assert arguments[0] in capsys.readouterr().err.splitlines()[-1]
