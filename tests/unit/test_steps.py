@@ -230,3 +230,13 @@ def test_a_watched_second_order_scheduler_counts_its_calls() -> None:
             latents = scheduler.step(latents * 0.1, timestep, latents).prev_sample
     assert [call.step for call in calls] == list(range(7))
     assert [call.is_last for call in calls] == [False] * 6 + [True]
+
+
+def test_other_conditioning_starts_a_generation() -> None:
+    """A one-step generation and a longer one from the same noise differ in nothing but their labels."""
+    tracker, shared = StepTracker(None, -1), sample(0)
+    first, second = torch.tensor([900]), torch.tensor([5])
+    tracker.begin(999, shared, None, [first])
+    tracker.begin(999, shared.clone(), None, [second])
+    assert tracker.begin(500, sample(1), None, [second]).starts_generation
+    assert not tracker.begin(250, sample(2), None, [second.clone()]).starts_generation

@@ -47,6 +47,7 @@ class CacheEngine:
         self._branches: dict[BranchKey, Branch] = {}
         self._active: Active | None = None
         self._context: str | None = None
+        self._num_steps: int | None = config.num_steps
         self._flops: dict[tuple[Any, ...], StepFlops] = {}
         self._units: list[tuple[int, int]] = []
         self._replacements: list[Replacement] = []
@@ -64,8 +65,14 @@ class CacheEngine:
             "approximation": config.stand_in,
             "collectives": self.exchange.collectives,
             "memory_bytes": sum(branch.memory.bytes() for branch in self._branches.values()),
+            "rules_off": self._rules_off(),
             **self.statistics.summary(),
         }
+
+    def _rules_off(self) -> list[str]:
+        if self._num_steps is not None:
+            return []
+        return [*self.policy.needs_num_steps, *self.deliberation.reviewer.needs_num_steps]
 
     def reset(self) -> None:
         """Forget every remembered activation and every statistic. The next call starts a generation."""
@@ -155,6 +162,7 @@ class CacheEngine:
         call = self.tracker.begin(timestep, sample, self._context, conditioning)
         if call.starts_generation:
             self._start_generation(args, kwargs)
+        self._num_steps = call.num_steps
         active = self._open(call)
         signature = _signature(args, kwargs)
         try:

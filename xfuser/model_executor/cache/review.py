@@ -64,11 +64,13 @@ class Reviewer:
 
     Attributes:
         measures: Whether evaluated units are measured (offsets, true errors).
+        needs_num_steps: Rules that are off while nobody knows how many steps a generation has.
         blends: Whether every unit is evaluated and blended with what stands in for it.
     """
 
     measures: ClassVar[bool] = False
     blends: ClassVar[bool] = False
+    needs_num_steps: ClassVar[tuple[str, ...]] = ()
 
     def new_state(self, units: int) -> Any:
         """Fresh state of one branch of one generation."""

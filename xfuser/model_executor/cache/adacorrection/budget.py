@@ -40,6 +40,7 @@ class BudgetReviewer(Reviewer):
     """
 
     measures: ClassVar[bool] = True
+    needs_num_steps: ClassVar[tuple[str, ...]] = ("the budget is spent more densely at first", "the last step is whole")
 
     def __init__(self, config: CacheConfig) -> None:
         self.config = config

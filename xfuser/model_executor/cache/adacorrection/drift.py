@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 # An offset score is a squared drift; an error is linear in it.
 EXPONENT = 0.5
@@ -12,17 +12,14 @@ MEMORY = 0.8  # share of the old value in the running mean
 
 @dataclass
 class DriftMonitor:
-    """Compares the offset score S with what is usual at its lag, S ∝ lag²."""
+    """Compares the offset score S with what has been usual at the same lag."""
 
-    usual: float = math.nan
+    usual: dict[int, float] = field(default_factory=dict)
 
     def ratio(self, score: float, lag: int) -> float:
         """By how much to scale a predicted error: 1 for the usual drift, √2 for twice the usual score."""
         if not math.isfinite(score) or score <= 0 or lag <= 0:
             return 1.0
-        per_step = score / lag**2
-        if math.isnan(self.usual):
-            self.usual = per_step
-        ratio = (per_step / self.usual) ** EXPONENT
-        self.usual = MEMORY * self.usual + (1 - MEMORY) * per_step
-        return ratio
+        usual = self.usual.setdefault(lag, score)
+        self.usual[lag] = MEMORY * usual + (1 - MEMORY) * score
+        return (score / usual) ** EXPONENT

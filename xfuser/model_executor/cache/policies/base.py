@@ -20,10 +20,12 @@ class Policy:
     Attributes:
         probe_blocks: Leading blocks that are evaluated before the proposal is made.
         signal_size: Length of the vector that `measure` returns.
+        needs_num_steps: Rules that are off while nobody knows how many steps a generation has.
     """
 
     probe_blocks: ClassVar[int] = 0
     signal_size: ClassVar[int] = 2
+    needs_num_steps: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: CacheConfig, declaration: ModelDeclaration) -> None:
         self.config = config

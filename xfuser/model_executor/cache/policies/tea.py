@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -29,6 +29,8 @@ class TeaPolicy(Policy):
     never hits. The polynomial is the family's published one (TeaCache, section 3.3),
     or the identity where none is published.
     """
+
+    needs_num_steps: ClassVar[tuple[str, ...]] = ("TeaCache computes the last step",)
 
     def new_state(self) -> TeaState:
         return TeaState()
