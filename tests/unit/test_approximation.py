@@ -147,12 +147,28 @@ def test_blocks_with_something_between_them_are_not_linked() -> None:
     assert not memory.linked(0) and not memory.linked(1)
 
 
-def one_generation(transformer: ScriptedTransformer, values: list[float], **settings: Any) -> tuple[list[float], Any]:
+def one_summary(
+    transformer: ScriptedTransformer, values: list[float], **settings: Any
+) -> tuple[list[float], dict[str, Any]]:
     engine = scripted_engine(transformer, num_steps=len(values), **settings)
     try:
-        return transformer.run(values), engine.summary()["plan"]["0"]
+        return transformer.run(values), engine.summary()
     finally:
         engine.remove()
+
+
+def one_generation(transformer: ScriptedTransformer, values: list[float], **settings: Any) -> tuple[list[float], Any]:
+    outputs, summary = one_summary(transformer, values, **settings)
+    return outputs, summary["plan"]["0"]
+
+
+def believed(step: int, nodes: tuple[int, ...], residuals: tuple[float, ...], order: int, weight: float) -> float:
+    """numpy's polynomial through the nodes (oldest first), its highest term believed with ``weight``."""
+    full = np.polyval(np.polyfit(nodes, residuals, len(nodes) - 1), step)
+    if order == 0 or len(nodes) <= order:
+        return full
+    lower = np.polyval(np.polyfit(nodes[1:], residuals[1:], len(nodes) - 2), step)
+    return lower + weight * (full - lower)
 
 
 CURVES = {
@@ -206,27 +222,27 @@ BY_HAND = {
 @pytest.mark.parametrize("approximation", DEGREES)
 def test_outputs_follow_from_the_plan(method: str, approximation: str, correction: str) -> None:
     """Whatever was decided, and whether blocks are remembered one by one or as a whole: a block that is not evaluated
-    adds the polynomial through its last residuals (numpy's fit here).
+    adds the polynomial through its last residuals (numpy's fit here), corrected with the weight that is reported.
     """
     curves = (lambda step: 1.0 + 0.01 * step**2, lambda step: 2.0 + 0.1 * step, lambda step: -0.02 * step**2)
     values = growing_values([2.0, 2.0, 1.0, 2.0, 1.0, 1.0, 1.0, 1.0])
     settings = {"use_cache": method, "approximation": approximation} | BY_HAND[correction]
-    outputs, plan = one_generation(ScriptedTransformer(*curves), values, **settings)
-    length = DEGREES.index(approximation) + 1
+    outputs, summary = one_summary(ScriptedTransformer(*curves), values, **settings)
+    plan, weights, order = summary["plan"]["0"], summary["weights"]["0"], DEGREES.index(approximation)
     known: list[list[tuple[int, float]]] = [[], [], []]
     for step, (value, row, output) in enumerate(zip(values, plan, outputs, strict=True)):
         for block, evaluated in enumerate(row):
             if evaluated:
-                known[block] = [*known[block], (step, curves[block](step))][-length:]
+                known[block] = [*known[block], (step, curves[block](step))][-order - 1 :]
             nodes, residuals = zip(*known[block], strict=True)
-            value += np.polyval(np.polyfit(nodes, residuals, len(nodes) - 1), step)
+            value += believed(step, nodes, residuals, order, 1.0 if evaluated else weights[step][block])
         assert output == pytest.approx(value, rel=1e-4)
     assert 0 < sum(row[1] for row in plan) < len(plan)
 
 
 @contextmanager
-def carried_out(toy: Toy, plan: list[list[int]], order: int) -> Iterator[None]:
-    """A cache of a few lines: each block keeps its own last residuals and does what the plan says."""
+def carried_out(toy: Toy, plan: list[list[int]], weights: list[list[float]], order: int) -> Iterator[None]:
+    """A cache of a few lines: each block keeps its own last residuals and does what plan and weights say."""
 
     def obeying(index: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         steps = iter(range(len(plan)))
@@ -244,7 +260,7 @@ def carried_out(toy: Toy, plan: list[list[int]], order: int) -> Iterator[None]:
                     return output
                 (newest, residuals), *older = history
                 if order == 1 and older:
-                    slope = (step - newest) / (newest - older[0][0])
+                    slope = weights[step][index] * (step - newest) / (newest - older[0][0])
                     residuals = tuple(a + slope * (a - b) for a, b in zip(residuals, older[0][1], strict=True))
                 stood_in = tuple(a + r for a, r in zip(inputs, residuals, strict=True))
                 return stood_in[0] if toy.family == "dit" else stood_in
@@ -273,7 +289,7 @@ def test_the_same_on_real_blocks(toy: Toy, approximation: str, correction: str, 
         outputs = drive(toy.transformer, 8)
         summary = engine.summary()
     assert 0 < summary["hit_rate"] < 1
-    with carried_out(toy, summary["plan"]["0"], order=int(approximation == "taylor-1")):
+    with carried_out(toy, summary["plan"]["0"], summary["weights"]["0"], order=int(approximation == "taylor-1")):
         expected = drive(toy.transformer, 8)
     for ours, theirs in zip(outputs, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

@@ -55,6 +55,7 @@ class Statistics:
         self.evaluated = 0.0
         self.flops = 0.0
         self.flops_skipped = 0.0
+        self.flops_added = 0.0
         self.non_finite = 0
         self.proposed = 0
         self.within_prediction = 0
@@ -66,13 +67,13 @@ class Statistics:
         self.generation = Generation()
 
     def add(self, branch: BranchKey, record: StepRecord, flops: StepFlops) -> None:
-        """Count one finished call. What the base method's signal costs is taken off what it saved."""
+        """Count one finished call."""
         self.calls += 1
         self.proposed += record.proposed
         self.evaluated += sum(record.evaluated)
         self.flops += flops.total
-        skipped = sum(cost for cost, done in zip(flops.blocks, record.evaluated, strict=True) if not done)
-        self.flops_skipped += skipped - flops.signal
+        self.flops_skipped += sum(cost for cost, done in zip(flops.blocks, record.evaluated, strict=True) if not done)
+        self.flops_added += flops.signal
         self.generation.records.setdefault(branch, []).append(record)
 
     def count_prediction(self, predicted: float, true: float) -> None:
@@ -87,6 +88,11 @@ class Statistics:
     @property
     def flops_saved(self) -> float:
         return self.flops_skipped / self.flops if self.flops else 0.0
+
+    @property
+    def signal_flops(self) -> float:
+        """What the base method's signal costs on top, as a share of the transformer's own FLOPs."""
+        return self.flops_added / self.flops if self.flops else 0.0
 
     def summary(self) -> dict[str, Any]:
         """Everything in plain types, ready for JSON.
@@ -104,6 +110,7 @@ class Statistics:
             "evaluated": self.evaluated,
             "hit_rate": self.hit_rate,
             "flops_saved": self.flops_saved,
+            "signal_flops": self.signal_flops,
             "proposed_share": self.proposed / self.calls if self.calls else 0.0,
             "non_finite": self.non_finite,
             "prediction_coverage": self.within_prediction / self.predictions if self.predictions else None,
