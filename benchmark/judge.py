@@ -51,14 +51,14 @@ class Judge:
         return [self._result(run, uncached, features, paths[run.row.method]) for run in runs]
 
     def comparisons(self, runs: list[Run]) -> list[dict[str, Any]]:
-        """Each corrected row against its base, and against its base with the same approximation."""
+        """Each corrected row against its base, its base with the same approximation, and fewer steps at its cost."""
         by_method = {run.row.method: run for run in runs}
         pairs = []
         for run in runs:
             if run.row.config.mode is None:
                 continue
-            stand_in = f"{run.row.base}[{run.row.config.stand_in}]"
-            pairs += [(run, by_method[name]) for name in (run.row.base, stand_in) if name in by_method]
+            opponents = (run.row.base, f"{run.row.base}[{run.row.config.stand_in}]", f"None[steps of {run.row.base}]")
+            pairs += [(run, by_method[name]) for name in opponents if name in by_method]
         return [self._compare(run, against, runs[0]) for run, against in pairs]
 
     def _result(
@@ -66,13 +66,15 @@ class Judge:
     ) -> dict[str, Any]:
         mine, theirs = features[run.row.method], features[uncached.row.method]
         is_uncached = run is uncached
-        scores: dict[str, Any] = dict.fromkeys(("fid", "fid_vs_uncached", "kid", "class_accuracy"))
+        scores: dict[str, Any] = dict.fromkeys(("fid", "fid_difference", "fid_vs_uncached", "kid", "class_accuracy"))
         if mine is not None and theirs is not None and self.reference is not None and len(mine) >= SMALLEST_SAMPLE:
             fid = frechet_interval(mine, self.reference.mean, self.reference.covariance)
             scores["fid"] = fid.to_dict()
             scores["kid"] = {"value": kernel_distance(mine, self.reference.features), "low": None, "high": None}
             if not is_uncached:
                 scores["fid_vs_uncached"] = frechet_interval(mine, *gaussian(theirs)).to_dict()
+                moved = paired_frechet_difference(mine, theirs, self.reference.mean, self.reference.covariance)
+                scores["fid_difference"] = moved.to_dict()
         if self.network is not None and self.labelled:
             scores["class_accuracy"] = mean_interval(self._recognised(run)).to_dict()
         quality = {"psnr": None, "ssim": None}
@@ -130,6 +132,8 @@ def _tensors(pixels: np.ndarray) -> list[torch.Tensor]:
 
 def _settings(run: Run) -> dict[str, Any]:
     settings = {name: value for name, value in vars(run.row.config).items() if value is not None}
+    if run.row.fewer_steps:
+        return {"num_inference_steps": float(np.mean(run.steps))}
     if run.row.base is None:
         return {}
     settings["approximation"] = run.row.config.stand_in

@@ -35,6 +35,7 @@ class Run:
     hit_rates: list[float] = field(default_factory=list)
     flops_saved: list[float] = field(default_factory=list)
     coverage: list[float] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
     non_finite: int = 0
     summary: dict[str, Any] = field(default_factory=dict)
 
@@ -123,8 +124,11 @@ def _generate(
     counted: bool,
 ) -> None:
     row = run.row
+    steps = sampling.num_inference_steps
     if row.matched:
         row = row.with_budget(_spent_by_base(row, runs))
+    if row.fewer_steps:
+        steps = max(1, round(steps * _spent_by_base(row, runs)))
     config = row.config
     engine: CacheEngine | None = None
     if config.use_cache is not None:
@@ -137,7 +141,7 @@ def _generate(
         images = loaded.generate(
             conditions_of(loaded, sampling, start, size),
             [seed + index for index in range(start, start + size)],
-            sampling.num_inference_steps,
+            steps,
             sampling.guidance_scale,
             sampling.height,
             sampling.width,
@@ -155,6 +159,7 @@ def _generate(
     run.images.append(images)
     run.batch_seconds.append(seconds)
     run.batch_sizes.append(size)
+    run.steps.append(steps)
     run.hit_rates.append(summary["hit_rate"])
     run.flops_saved.append(summary["flops_saved"])
     run.non_finite += summary["non_finite"]
@@ -171,7 +176,7 @@ def _check(run: Run, runs: list[Run]) -> None:
     method = run.row.method
     if not all(np.isfinite(batch).all() for batch in run.images):
         raise RuntimeError(f"{method}: some images hold numbers that are not finite")
-    if run.row.base is None:
+    if run.row.config.use_cache is None:
         return
     if "plan" not in run.summary or run.summary["steps"] == 0:
         raise RuntimeError(f"{method}: the cache was attached, but saw no step; nothing is reported under its name")
@@ -180,7 +185,7 @@ def _check(run: Run, runs: list[Run]) -> None:
             f"{method}: it never hit, so its row would be another name for None; raise its threshold or budget"
         )
     for other in runs:
-        if other is run or other.row.base is None or other.summary.get("plan") == run.summary["plan"]:
+        if other is run or other.row.config.use_cache is None or other.summary.get("plan") == run.summary["plan"]:
             continue
         if torch.equal(torch.from_numpy(other.images[-1]), torch.from_numpy(run.images[-1])):
             raise RuntimeError(

@@ -20,12 +20,14 @@ class Row:
         base: Name of the base method it belongs to; ``None`` for the run without a cache.
         config: Its settings.
         matched: Whether its budget is set to what the base method spends on the same batch.
+        fewer_steps: Whether it runs without a cache, on the share of the steps that the base method evaluates.
     """
 
     method: str
     base: str | None
     config: CacheConfig
     matched: bool = False
+    fewer_steps: bool = False
 
     def with_budget(self, share: float) -> Row:
         return replace(self, config=replace(self.config, adacorr_budget=share))
@@ -45,7 +47,8 @@ def build_rows(
     """Rows for the methods asked for; ``None`` always comes first, since everything is measured against it.
 
     A corrected method X brings two rows with it: X as published, and X with the correction's own approximation but
-    without the correction, so that neither is credited with the other's gain.
+    without the correction, so that neither is credited with the other's gain. A third row opposes them all: no cache,
+    but only as many steps as X evaluates. A cache that does not beat it has no reason to exist.
 
     Raises:
         ValueError: A name is not known.
@@ -80,4 +83,5 @@ def _rows_of(
     if config.stand_in not in ("activation", plain.stand_in):
         rows.append(Row(f"{base}[{config.stand_in}]", base, replace(plain, approximation=config.stand_in)))
     matched = config.mode == "budget" and config.adacorr_budget is None
-    return [*rows, Row(base + SUFFIX, base, config, matched)]
+    opponent = Row(f"None[steps of {base}]", base, CacheConfig(), fewer_steps=True)
+    return [*rows, Row(base + SUFFIX, base, config, matched), opponent]

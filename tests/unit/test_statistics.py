@@ -159,7 +159,9 @@ def test_a_budget_is_spent_and_not_overspent(toy: Toy, level: str, method: str) 
 def test_the_default_budget_is_what_the_base_method_proposes(
     toy: Toy, level: str, method: str, threshold: float
 ) -> None:
-    """Within one step. Fb's probed block is spent whether it proposes to go on or not."""
+    """Within two steps: a base that proposes nothing after the first step is known for it only when the dense opening
+    is over. Fb's probed block is spent whether it proposes to go on or not.
+    """
     steps, blocks = 20, len(toy.blocks)
     settings = {"rel_l1_thresh": threshold, "enable_adacorrection": True}
     told = {"num_steps": steps} if level == "transformer" else {}
@@ -169,7 +171,7 @@ def test_the_default_budget_is_what_the_base_method_proposes(
     whole = round(summary["proposed_share"] * steps)
     asked = whole * blocks + (steps - whole) * (method == "Fb")
     assert 0 < whole < steps
-    assert abs(summary["evaluated"] - asked) <= blocks
+    assert abs(summary["evaluated"] - asked) <= 2 * blocks
 
 
 def test_true_errors_are_those_of_the_stand_in(dit: Toy) -> None:

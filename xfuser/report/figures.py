@@ -18,8 +18,13 @@ from xfuser.report.columns import is_finite
 
 _DPI = 130
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#7A5195", "#8C6D1F", "#56B4E9", "#444444")
-_MARKERS = {"plain": "o", "variant": "s", "corrected": "D"}
-_KINDS = {"plain": "base method", "variant": "same approximation, no correction", "corrected": "with correction"}
+_MARKERS = {"plain": "o", "variant": "s", "corrected": "D", "opponent": "X"}
+_KINDS = {
+    "plain": "base method",
+    "variant": "same approximation, no correction",
+    "corrected": "with correction",
+    "opponent": "no cache, fewer steps",
+}
 # Offsets in points at which a label may stand beside its point, nearest first; the first free one is taken.
 _PLACES = [
     (distance * x, distance * y)
@@ -59,7 +64,7 @@ def quality_speed_curve(results: Sequence[Mapping[str, Any]]) -> bytes:
         for kind, label in _KINDS.items()
     ]
     handles.append(Line2D([], [], color="#555555", linewidth=0.8, label="base to corrected"))
-    figure.legend(handles=handles, loc="upper center", ncols=4, frameon=False, fontsize=9)
+    figure.legend(handles=handles, loc="upper center", ncols=5, frameon=False, fontsize=8)
     return _png(figure)
 
 
@@ -189,6 +194,8 @@ def _kind(row: Mapping[str, Any]) -> str:
     base, method = row.get("base"), row["method"]
     if base is None or method == base:
         return "plain"
+    if method.startswith("None"):
+        return "opponent"
     return "corrected" if method.startswith(f"{base}+") else "variant"
 
 

@@ -90,7 +90,8 @@ class Deliberation:
         plan = review.plan.with_prefix(probe_units)
         if not all(nodes[probe_units:]):
             plan = StepPlan.whole(units, True)
-        self.policy.commit(branch.policy_state, all(plan.evaluate[probe_units:]))
+        evaluated = all(plan.evaluate[probe_units:])
+        self.policy.commit(branch.policy_state, proposal if self.reviewer.shadows_base else evaluated)
         return plan, review, proposal
 
     def tell(self, branch: Branch) -> None:

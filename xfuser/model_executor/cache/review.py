@@ -66,10 +66,13 @@ class Reviewer:
         measures: Whether evaluated units are measured (offsets, true errors).
         needs_num_steps: Rules that are off while nobody knows how many steps a generation has.
         blends: Whether every unit is evaluated and blended with what stands in for it.
+        shadows_base: Whether the base method goes on as if its proposals were obeyed, so that their number is what it
+            would spend alone.
     """
 
     measures: ClassVar[bool] = False
     blends: ClassVar[bool] = False
+    shadows_base: ClassVar[bool] = False
     needs_num_steps: ClassVar[tuple[str, ...]] = ()
 
     def new_state(self, units: int) -> Any:

@@ -40,6 +40,7 @@ class BudgetReviewer(Reviewer):
     """
 
     measures: ClassVar[bool] = True
+    shadows_base: ClassVar[bool] = True
     needs_num_steps: ClassVar[tuple[str, ...]] = ("the budget is spent more densely at first", "the last step is whole")
 
     def __init__(self, config: CacheConfig) -> None:
@@ -82,6 +83,8 @@ class BudgetReviewer(Reviewer):
                 return True
             rate = refresh_rates(call.step, left - 1, call.num_steps, max(affordable - 1, 0.0))[0]
         if len(context.nodes[-1]) <= min(self.order, 1):
+            return True
+        if rate >= 1 - ROUNDING:
             return True
         state.phase += max(rate, 0.0) * min(max(demand, 0.5), 2.0)
         if state.phase < 1 - ROUNDING:

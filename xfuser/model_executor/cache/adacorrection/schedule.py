@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import math
 
-# The gap between refreshes grows by exp(DECAY) over a generation. An early error is carried through all later steps: a
-# sampler x ← a·x + b·ε̂(x) multiplies it by |a| + |b|·K at each, so what may be tolerated grows with the step.
-DECAY = 2.0
+# An early error is carried, and amplified, through all later steps. Measured on tiny-dit (one step's blocks stood in
+# for, all others evaluated; DDIM, 20 and 50 steps), the squared error that a gap of g steps at position u of the
+# generation leaves in the image falls about as exp(-18·u) up to half of it, is level from there on, and grows with g³.
+# Σ over the gaps is least where the refreshes per step follow the third root of that: exp(-6·u), then level.
+STEEPNESS = 6.0
+SETTLED = 0.5
 BISECTIONS = 40
 
 
-def refresh_rates(position: float, steps_left: int, num_steps: int, affordable: float) -> list[float]:
+def density(step: int, num_steps: int) -> float:
+    """Refreshes per step at a step, up to a common factor."""
+    return math.exp(-STEEPNESS * min(step / num_steps, SETTLED))
+
+
+def refresh_rates(position: int, steps_left: int, num_steps: int, affordable: float) -> list[float]:
     """Refreshes per step, for the steps still to come, that add up to what is affordable.
 
-    The rate falls as exp(−DECAY · step / num_steps), and is 1 where that would ask for more than every step.
+    The rates follow `density`, and are 1 where that would ask for more than every step.
 
     Args:
         position: Index of the first of these steps.
@@ -24,10 +32,10 @@ def refresh_rates(position: float, steps_left: int, num_steps: int, affordable: 
     Returns:
         ``steps_left`` rates between 0 and 1.
     """
-    shape = [math.exp(-DECAY * (position + index) / num_steps) for index in range(steps_left)]
+    shape = [density(position + index, num_steps) for index in range(steps_left)]
     if affordable >= steps_left:
         return [1.0] * steps_left
-    low, high = 0.0, 1.0 / shape[-1] if shape else 0.0
+    low, high = 0.0, 1.0 / min(shape) if shape else 0.0
     for _ in range(BISECTIONS):
         scale = (low + high) / 2
         if sum(min(1.0, scale * value) for value in shape) < affordable:
