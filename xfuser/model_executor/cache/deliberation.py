@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from typing import Any
 
 import torch
@@ -18,29 +17,27 @@ from xfuser.model_executor.cache.adacorrection.offset import (
     OffsetRow,
     OffsetScore,
     drift_sums,
-    offset_sums,
-    sample_tokens,
 )
-from xfuser.model_executor.cache.approximation import ORDERS, extrapolation_weights, history_length, remainder
+from xfuser.model_executor.cache.approximation import ORDERS, history_length
+from xfuser.model_executor.cache.measurement import Sampler, sample_tokens
 from xfuser.model_executor.cache.memory import BranchMemory
 from xfuser.model_executor.cache.plan import StepPlan
 from xfuser.model_executor.cache.policies import Policy
 from xfuser.model_executor.cache.review import Observation, Review, StepContext
-from xfuser.model_executor.cache.state import Active, Branch
+from xfuser.model_executor.cache.state import Active, Branch, Pending
 from xfuser.model_executor.cache.statistics import Statistics, StepRecord
 from xfuser.model_executor.cache.steps import Call
-
-TOKEN_STRIDE = 4  # statistics look at every fourth token
 
 
 class Deliberation:
     """Measures what is evaluated, tells it to the deciding group once a step, and plans from the sums alone.
 
-    Row ``units`` (one past the last unit) of the statistics belongs to the run of all units behind the probed ones,
-    whose error is not the sum of its units': errors of neighbouring blocks cancel.
+    Row ``run`` (one past the last block) of the statistics belongs to the run of all blocks behind the probed ones,
+    whose error is not the sum of its blocks': errors of neighbouring blocks cancel.
     """
 
     def __init__(self, config: CacheConfig, policy: Policy, exchange: SumExchange, statistics: Statistics) -> None:
+        self.run = statistics.blocks
         self.policy, self.exchange, self.statistics = policy, exchange, statistics
         self.reviewer = build_reviewer(config)
         self.order = ORDERS[config.stand_in]
@@ -49,19 +46,17 @@ class Deliberation:
 
     def new_branch(self, units: int) -> Branch:
         """Empty memory and fresh states for one branch of a generation."""
-        return Branch(BranchMemory(units, self.length), self.policy.new_state(), self.reviewer.new_state(units))
+        memory, sampler = BranchMemory(units, self.length), Sampler(self.length, self.order)
+        return Branch(memory, self.policy.new_state(), self.reviewer.new_state(units), sampler)
 
     def measure(self, active: Active, row: int, inputs: Streams, outputs: Streams) -> None:
-        """Keep the sums of what was just evaluated: its drift, and the error of what would have stood in."""
-        step, history = active.call.step, active.branch.samples.setdefault(row, deque(maxlen=self.length))
-        sample = sample_tokens(inputs[0], outputs[0], TOKEN_STRIDE)
-        nodes = [node for node, _ in history]
-        lower = extrapolation_weights(step, nodes, self.order, 0.0) if nodes else ()
-        full = extrapolation_weights(step, nodes, self.order) if nodes else ()
-        active.pending.rows[row] = offset_sums(sample, [earlier for _, earlier in history], lower, full)
-        order = min(self.order, len(nodes) - 1)
-        active.pending.notes[row] = (remainder(step, nodes, order) if nodes else 0.0, order)
-        history.appendleft((step, sample))
+        """Keep a sample of what was just evaluated, for its drift and the error of what would have stood in."""
+        active.branch.sampler.collect(row, inputs[0], outputs[0])
+
+    def close(self, active: Active) -> None:
+        """Sum up what the step measured; it is told with the next step's exchange."""
+        measured = active.branch.sampler.close(active.call.step)
+        active.branch.pending = Pending(active.record, measured) if measured is not None else None
 
     def signal(self, active: Active, block: nn.Module, probed: Streams | None) -> torch.Tensor:
         """The base method's sums of this step; ``probed`` are the first block's outputs, where it probes it."""
@@ -80,13 +75,12 @@ class Deliberation:
         if unusable[0] != 0:
             self.statistics.non_finite += 1
             branch.memory.clear()
-            branch.samples.clear()
+            branch.sampler.discard()
             branch.spatial.clear()
         nodes = tuple(branch.memory.nodes(unit) for unit in range(units))
         offset = self._score(*drift, inputs.shape[-1])
-        review = self.reviewer.review(
-            branch.review_state, StepContext(call, proposal, nodes, probe_units, offset, self._lag(branch, call))
-        )
+        context = StepContext(call, proposal, nodes, self.run, probe_units, offset, self._lag(branch, call))
+        review = self.reviewer.review(branch.review_state, context)
         plan = review.plan.with_prefix(probe_units)
         if not all(nodes[probe_units:]):
             plan = StepPlan.whole(units, True)
@@ -97,14 +91,13 @@ class Deliberation:
     def tell(self, branch: Branch) -> None:
         """An exchange of its own, for what the last step of a generation measured."""
         if branch.pending is not None:
-            device = next(iter(branch.pending.rows.values())).device
-            self._learn(branch, self.exchange.sum(self._rows(branch, device)))
+            self._learn(branch, self.exchange.sum(self._rows(branch, branch.pending.measured.sums.device)))
 
     def _told(self, branch: Branch, signal: torch.Tensor, inputs: torch.Tensor) -> list[torch.Tensor]:
-        history = branch.samples.get(len(branch.memory.references))
         drift = torch.zeros(DRIFT, device=signal.device)
-        if self.reviewer.measures and history:
-            drift = drift_sums(inputs, history[0][1], TOKEN_STRIDE)
+        reference = branch.sampler.last_inputs(self.run)
+        if reference is not None:
+            drift = drift_sums(sample_tokens(inputs), reference)
         unusable = branch.memory.count_unusable(signal.device)
         return [signal, drift, unusable[None], self._rows(branch, signal.device)]
 
@@ -112,39 +105,40 @@ class Deliberation:
         """The last step's rows of sums, one after the other, zeros for what was not evaluated."""
         if not self.reviewer.measures:
             return torch.zeros(0, device=device)
-        rows = branch.pending.rows if branch.pending else {}
-        nothing = torch.zeros(ROW, device=device)
-        count = len(branch.memory.references) + 1
-        return torch.cat([rows[row].to(device) if row in rows else nothing for row in range(count)])
+        told = torch.zeros(self.run + 1, ROW, device=device)
+        if branch.pending is not None:
+            told[branch.pending.measured.rows] = branch.pending.measured.sums.to(device)
+        return told.flatten()
 
     def _lag(self, branch: Branch, call: Call) -> int:
-        history = branch.samples.get(len(branch.memory.references))
-        return call.step - history[0][0] if history else 0
+        last = branch.sampler.last_step(self.run)
+        return 0 if last is None else call.step - last
 
     def _learn(self, branch: Branch, numbers: list[float]) -> None:
         pending, branch.pending = branch.pending, None
         if pending is None or not numbers:
             return
         observations = []
-        for unit, (lag, order) in pending.notes.items():
-            row = OffsetRow(*numbers[unit * ROW : (unit + 1) * ROW])
+        for block, (lag, order) in zip(pending.measured.rows, pending.measured.notes, strict=True):
+            row = OffsetRow(*numbers[block * ROW : (block + 1) * ROW])
             if not row.finite:
                 continue
             if order >= 0:
-                observations.append(Observation(unit, row, lag, order, unit == len(branch.memory.references)))
-                if unit < len(branch.memory.references):
-                    self._note(branch, pending.record, unit, row)
-            branch.spatial[unit] = row.spatial
+                observations.append(Observation(block, row, lag, order, block == self.run))
+                if block != self.run:
+                    self._note(branch, pending.record, block, row)
+            branch.spatial[block] = row.spatial
         self.reviewer.learn(branch.review_state, observations)
 
-    def _note(self, branch: Branch, record: StepRecord, unit: int, row: OffsetRow) -> None:
-        channels = branch.samples[unit][0][1].inputs.shape[-1] if unit in branch.samples else 1
-        reference_spatial = branch.spatial.get(unit, row.spatial)
-        record.true[unit] = row.error(self.reviewer.error_weight(branch.review_state, unit))
-        record.offsets[unit] = self._score(
+    def _note(self, branch: Branch, record: StepRecord, block: int, row: OffsetRow) -> None:
+        sample = branch.sampler.last_inputs(block)
+        channels = 1 if sample is None else sample.shape[-1]
+        reference_spatial = branch.spatial.get(block, row.spatial)
+        record.true[block] = row.error(self.reviewer.error_weight(branch.review_state, block))
+        record.offsets[block] = self._score(
             row.tokens, row.drift, row.reference_norm, row.spatial, reference_spatial, channels
         )
-        self.statistics.count_prediction(record.predicted[unit], record.true[unit])
+        self.statistics.count_prediction(record.predicted[block], record.true[block])
 
 
 def _take(numbers: Any, count: int | None) -> list[float]:

@@ -18,7 +18,7 @@ from xfuser.model_executor.cache.deliberation import Deliberation
 from xfuser.model_executor.cache.flops import FlopCount, StepFlops
 from xfuser.model_executor.cache.plan import StepPlan
 from xfuser.model_executor.cache.policies import build_policy
-from xfuser.model_executor.cache.state import Active, Branch, Pending
+from xfuser.model_executor.cache.state import Active, Branch
 from xfuser.model_executor.cache.statistics import Statistics, StepRecord
 from xfuser.model_executor.cache.steps import BranchKey, Call, StepTracker
 
@@ -194,9 +194,8 @@ class CacheEngine:
         added = any(
             self._root_arguments.read(name, args, kwargs) is not None for name in self.declaration.between_blocks
         )
-        self._units = self._cut(
-            one_by_one=added or self.deliberation.reviewer.measures or self.deliberation.reviewer.blends
-        )
+        reviewer = self.deliberation.reviewer
+        self._units = self._cut(one_by_one=added or reviewer.blends or (reviewer.measures and not reviewer.whole_steps))
 
     def _cut(self, one_by_one: bool) -> list[tuple[int, int]]:
         """First and last block of every unit: each block, or the probed ones and the whole rest."""
@@ -210,14 +209,14 @@ class CacheEngine:
         if call.branch not in self._branches:
             self._branches[call.branch] = self.deliberation.new_branch(len(self._units))
         record = StepRecord.empty(call.step, len(self.blocks))
-        self._active = Active(call, self._branches[call.branch], record, Pending(record=record))
+        self._active = Active(call, self._branches[call.branch], record)
         self._unit_at = {first: index for index, (first, _) in enumerate(self._units)}
         self._unit_ending = {last: index for index, (_, last) in enumerate(self._units)}
         return self._active
 
     def _close(self, active: Active, flops: StepFlops) -> None:
         self.statistics.add(active.call.branch, active.record, flops)
-        active.branch.pending = active.pending if active.pending.rows else None
+        self.deliberation.close(active)
         if active.call.is_last and self.exchange.group is not None:
             self.deliberation.tell(active.branch)
 
@@ -239,9 +238,9 @@ class CacheEngine:
             if unit in active.stand_ins:
                 return self.declaration.pack(self._stand_in(active, unit, streams))
             active.unit_inputs = streams
-            if unit == self.policy.probe_blocks:
-                active.run_inputs = streams
         output = self._evaluate(active, index, original, args, kwargs)
+        if self.deliberation.reviewer.measures:
+            self._measure(active, index, streams, self.declaration.unpack(output))
         unit = self._unit_ending.get(index)
         if unit is not None:
             output = self._finish_unit(active, unit, output)
@@ -279,11 +278,14 @@ class CacheEngine:
             outputs = correction.outputs
             output = self.declaration.pack(outputs)
         memory.store(unit, step, inputs, outputs)
-        if self.deliberation.reviewer.measures:
-            self.deliberation.measure(active, unit, inputs, outputs)
-            if unit == len(self._units) - 1 and active.run_inputs and not active.stand_ins:
-                self.deliberation.measure(active, len(self._units), active.run_inputs, outputs)
         return output
+
+    def _measure(self, active: Active, index: int, inputs: Streams, outputs: Streams) -> None:
+        self.deliberation.measure(active, index, inputs, outputs)
+        if index == self.policy.probe_blocks:
+            active.run_inputs = inputs
+        if index == len(self.blocks) - 1 and active.run_inputs and not active.stand_ins:
+            self.deliberation.measure(active, self.deliberation.run, active.run_inputs, outputs)
 
     # -- the decision -------------------------------------------------------------------------------------------------
 
@@ -316,7 +318,7 @@ class CacheEngine:
             unit = last + 1
         for index, (first, end) in enumerate(self._units):
             for block in range(first, end + 1):
-                active.record.predicted[block] = predicted[index]
+                active.record.predicted[block] = predicted[block]
                 if not plan.evaluate[index]:
                     active.record.weights[block] = plan.weights[index]
 

@@ -19,7 +19,8 @@ class StepContext:
         call: The step's place in its generation.
         proposal: Whether the base method wants this step evaluated.
         nodes: Per unit, the steps at which it was evaluated, newest first, as far as they are remembered.
-        probed: Leading units that have been evaluated already.
+        blocks: Blocks of the transformer; a unit is one of them or a stack that is remembered as a whole.
+        probed: Leading units, each a block, that have been evaluated already.
         offset: Offset score S of the input of the first unit that may be skipped, against the last whole evaluation;
             NaN where there is none.
         offset_lag: Steps since that evaluation.
@@ -28,6 +29,7 @@ class StepContext:
     call: Call
     proposal: bool
     nodes: tuple[tuple[int, ...], ...]
+    blocks: int
     probed: int
     offset: float = math.nan
     offset_lag: int = 0
@@ -39,12 +41,12 @@ class StepContext:
 
 @dataclass(frozen=True)
 class Observation:
-    """What an evaluated step showed of one unit, or (``is_run``) of the run of all units behind the probed ones.
+    """What an evaluated step showed of one block, or (``is_run``) of the run of all blocks behind the probed ones.
 
     ``remainder`` is the lag's part of the stand-in's error, ``order`` the order that its history allowed.
     """
 
-    unit: int
+    block: int
     row: OffsetRow
     remainder: float
     order: int
@@ -53,7 +55,7 @@ class Observation:
 
 @dataclass(frozen=True)
 class Review:
-    """A plan and, per unit, the relative error predicted for its stand-in (NaN where nothing is known yet)."""
+    """A plan and, per block, the relative error predicted for its stand-in (NaN where nothing is known yet)."""
 
     plan: StepPlan
     predicted: tuple[float, ...]
@@ -63,7 +65,9 @@ class Reviewer:
     """Takes the base method's proposals as they are. AdaCorrection's modes derive from it.
 
     Attributes:
-        measures: Whether evaluated units are measured (offsets, true errors).
+        measures: Whether evaluated blocks are measured (offsets, true errors).
+        whole_steps: Whether all blocks behind the probed ones are always decided alike, and need not be remembered
+            one by one.
         needs_num_steps: Rules that are off while nobody knows how many steps a generation has.
         blends: Whether every unit is evaluated and blended with what stands in for it.
         shadows_base: Whether the base method goes on as if its proposals were obeyed, so that their number is what it
@@ -71,6 +75,7 @@ class Reviewer:
     """
 
     measures: ClassVar[bool] = False
+    whole_steps: ClassVar[bool] = False
     blends: ClassVar[bool] = False
     shadows_base: ClassVar[bool] = False
     needs_num_steps: ClassVar[tuple[str, ...]] = ()
@@ -82,11 +87,11 @@ class Reviewer:
     def learn(self, state: Any, observations: list[Observation]) -> None:
         """Take in what the step before showed."""
 
-    def error_weight(self, state: Any, unit: int) -> float:
-        """The correction weight by which a unit's true error is reported."""
+    def error_weight(self, state: Any, block: int) -> float:
+        """The correction weight by which a block's true error is reported."""
         return 1.0
 
     def review(self, state: Any, context: StepContext) -> Review:
         """The plan of a step in which every unit has something that can stand in."""
         plan = StepPlan.whole(context.units, context.proposal)
-        return Review(plan, (math.nan,) * context.units)
+        return Review(plan, (math.nan,) * context.blocks)

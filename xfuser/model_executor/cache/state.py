@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from xfuser.model_executor.adapters import Streams
-from xfuser.model_executor.cache.adacorrection.offset import Sample
+from xfuser.model_executor.cache.measurement import Measured, Sampler
 from xfuser.model_executor.cache.memory import BranchMemory
 from xfuser.model_executor.cache.statistics import StepRecord
 from xfuser.model_executor.cache.steps import Call
@@ -18,11 +15,10 @@ from xfuser.model_executor.cache.steps import Call
 
 @dataclass
 class Pending:
-    """What the last step measured and has not told yet: one row of sums per measured unit."""
+    """What the last step measured and has not told yet."""
 
     record: StepRecord
-    rows: dict[int, torch.Tensor] = field(default_factory=dict)
-    notes: dict[int, tuple[float, int]] = field(default_factory=dict)
+    measured: Measured
 
 
 @dataclass
@@ -32,8 +28,8 @@ class Branch:
     memory: BranchMemory
     policy_state: Any
     review_state: Any
+    sampler: Sampler
     pending: Pending | None = None
-    samples: dict[int, deque[tuple[int, Sample]]] = field(default_factory=dict)
     spatial: dict[int, float] = field(default_factory=dict)
 
 
@@ -44,7 +40,6 @@ class Active:
     call: Call
     branch: Branch
     record: StepRecord
-    pending: Pending
     first_arguments: Mapping[str, Any] = field(default_factory=dict)
     first_inputs: Streams = ()
     unit_inputs: Streams = ()

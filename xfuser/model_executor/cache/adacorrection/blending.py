@@ -44,7 +44,7 @@ class BlendReviewer(Reviewer):
         return [math.nan] * units
 
     def review(self, state: Any, context: StepContext) -> Review:
-        return Review(StepPlan.whole(context.units, True), (math.nan,) * context.units)
+        return Review(StepPlan.whole(context.units, True), (math.nan,) * context.blocks)
 
     def correct(
         self,

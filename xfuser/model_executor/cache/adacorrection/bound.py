@@ -49,14 +49,14 @@ class BoundReviewer(Reviewer):
 
     def learn(self, state: BoundState, observations: list[Observation]) -> None:
         for each in observations:
-            if each.unit < len(state.predicted) and math.isfinite(state.predicted[each.unit]):
+            if each.block < len(state.predicted) and math.isfinite(state.predicted[each.block]):
                 exceeded = (
-                    self.config.adacorr_gamma * each.row.error(state.estimate.weight) > state.predicted[each.unit]
+                    self.config.adacorr_gamma * each.row.error(state.estimate.weight) > state.predicted[each.block]
                 )
                 state.margin += MARGIN_STEP * (exceeded - (1 - COVERAGE))
         state.estimate.observe(observations)
 
-    def error_weight(self, state: BoundState, unit: int) -> float:
+    def error_weight(self, state: BoundState, block: int) -> float:
         return state.estimate.weight
 
     def review(self, state: BoundState, context: StepContext) -> Review:

@@ -19,7 +19,7 @@ ROUNDING = 1e-9
 
 @dataclass
 class BudgetState:
-    """``spent`` counts unit evaluations, ``proposed`` those that the base method asked for; the next whole step is due
+    """``spent`` counts block evaluations, ``proposed`` those that the base method asked for; the next whole step is due
     when ``phase`` reaches 1.
     """
 
@@ -40,6 +40,7 @@ class BudgetReviewer(Reviewer):
     """
 
     measures: ClassVar[bool] = True
+    whole_steps: ClassVar[bool] = True
     shadows_base: ClassVar[bool] = True
     needs_num_steps: ClassVar[tuple[str, ...]] = ("the budget is spent more densely at first", "the last step is whole")
 
@@ -53,29 +54,29 @@ class BudgetReviewer(Reviewer):
     def learn(self, state: BudgetState, observations: list[Observation]) -> None:
         state.estimate.observe(observations)
 
-    def error_weight(self, state: BudgetState, unit: int) -> float:
+    def error_weight(self, state: BudgetState, block: int) -> float:
         return state.estimate.weight
 
     def review(self, state: BudgetState, context: StepContext) -> Review:
-        state.proposed += context.units if context.proposal else context.probed
+        state.proposed += context.blocks if context.proposal else context.probed
         evaluate = self._is_due(state, context)
-        state.spent += context.units if evaluate else context.probed
-        predicted = tuple(self._predict(state, context, unit) for unit in range(context.units))
+        state.spent += context.blocks if evaluate else context.probed
+        predicted = tuple(self._predict(state, context, block) for block in range(context.blocks))
         return Review(StepPlan.whole(context.units, evaluate, state.estimate.weight), predicted)
 
     def _is_due(self, state: BudgetState, context: StepContext) -> bool:
-        call, whole = context.call, context.units - context.probed
+        call, whole = context.call, context.blocks - context.probed
         demand = state.drift.ratio(context.offset, context.offset_lag) ** self.config.adacorr_gamma
         share = self.config.adacorr_budget
         if share is None:
-            share = state.proposed / (context.units * (call.step + 1))
+            share = state.proposed / (context.blocks * (call.step + 1))
         if whole == 0 or share >= 1:
             return True
         if call.num_steps is None:
-            rate = (share * context.units - context.probed) / whole
+            rate = (share * context.blocks - context.probed) / whole
         else:
             left = call.num_steps - call.step
-            total = share * context.units * call.num_steps
+            total = share * context.blocks * call.num_steps
             affordable = (total - state.spent - context.probed * left) / whole
             if call.is_last:
                 return affordable >= 0.5
@@ -92,9 +93,9 @@ class BudgetReviewer(Reviewer):
         state.phase -= 1
         return True
 
-    def _predict(self, state: BudgetState, context: StepContext, unit: int) -> float:
-        nodes = context.nodes[unit]
+    def _predict(self, state: BudgetState, context: StepContext, block: int) -> float:
+        nodes = context.nodes[min(block, context.probed)]
         if not nodes:
             return math.nan
         order = min(self.order, len(nodes) - 1)
-        return state.estimate.predict(unit, order, remainder(context.call.step, nodes, order))
+        return state.estimate.predict(block, order, remainder(context.call.step, nodes, order))

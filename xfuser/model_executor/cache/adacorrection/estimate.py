@@ -50,7 +50,7 @@ class ErrorEstimate:
         for each in observations:
             if each.remainder <= 0 or each.row.output_square <= 0:
                 continue
-            key = (each.unit, each.order)
+            key = (each.block, each.order)
             shown = math.log(max(each.row.error(weight), SMALLEST_ERROR)) - math.log(each.remainder)
             if key in self._levels:
                 surprises.setdefault(each.order, []).append(shown - self._levels[key])

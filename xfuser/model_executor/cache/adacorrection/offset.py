@@ -12,90 +12,81 @@ ROW = 8
 DRIFT = 5  # numbers that `drift_sums` tells
 
 
+_TOKENS = (-2, -1)
+
+
 def temporal_sum(current: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
-    """Σ over tokens of ‖current − previous‖₂ (numerator of equation 1). Tensors have shape [B, P, D]."""
-    return torch.linalg.vector_norm(current - previous, dim=-1, dtype=torch.float32).sum()
+    """Σ over tokens of ‖current − previous‖₂ (numerator of equation 1). Tensors have shape [..., B, P, D]."""
+    return torch.linalg.vector_norm(current - previous, dim=-1, dtype=torch.float32).sum(_TOKENS)
 
 
 def spatial_sum(current: torch.Tensor) -> torch.Tensor:
     """Σ over tokens of the population standard deviation over channels (numerator of equation 2)."""
-    return torch.var(current.float(), dim=-1, correction=0).sqrt().sum()
+    return torch.var(current.float(), dim=-1, correction=0).sqrt().sum(_TOKENS)
 
 
 def norm_sum(current: torch.Tensor) -> torch.Tensor:
     """Σ over tokens of ‖current‖₂."""
-    return torch.linalg.vector_norm(current, dim=-1, dtype=torch.float32).sum()
+    return torch.linalg.vector_norm(current, dim=-1, dtype=torch.float32).sum(_TOKENS)
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Every stride-th token of one evaluation, [B, ceil(P / stride), D], and two sums over its inputs."""
-
-    inputs: torch.Tensor
-    residual: torch.Tensor
-    norm: torch.Tensor
-    spatial: torch.Tensor
-
-
-def sample_tokens(inputs: torch.Tensor, outputs: torch.Tensor, stride: int) -> Sample:
-    """Take every ``stride``-th token: enough to see drift and error, at a fraction of the memory traffic."""
-    picked = inputs[:, ::stride].contiguous()
-    return Sample(picked, outputs[:, ::stride] - picked, norm_sum(picked), spatial_sum(picked))
-
-
-def drift_sums(inputs: torch.Tensor, reference: Sample | None, stride: int) -> torch.Tensor:
+def drift_sums(current: torch.Tensor, reference: torch.Tensor | None) -> torch.Tensor:
     """What the offset score needs of an input that is not evaluated (yet), shape [5]: tokens, Σ‖h − h_ref‖₂, Σ‖h_ref‖₂,
     and Σ of the standard deviation over channels of h and of h_ref; zeros without a reference of the same shape.
     """
-    picked = inputs[:, ::stride]
-    if reference is None or reference.inputs.shape != picked.shape:
-        return torch.zeros(5, device=inputs.device)
-    tokens = torch.full_like(reference.norm, picked.shape[0] * picked.shape[1])
-    drift = temporal_sum(picked, reference.inputs)
-    return torch.stack((tokens, drift, reference.norm, spatial_sum(picked), reference.spatial))
+    if reference is None or reference.shape != current.shape:
+        return torch.zeros(DRIFT, device=current.device)
+    tokens = torch.full((), float(current.shape[0] * current.shape[1]), device=current.device)
+    spatial = spatial_sum(torch.stack((current, reference)))
+    return torch.stack((tokens, temporal_sum(current, reference), norm_sum(reference), *spatial))
 
 
 def offset_sums(
-    current: Sample, history: list[Sample], lower: tuple[float, ...], full: tuple[float, ...]
+    inputs: torch.Tensor,
+    outputs: torch.Tensor,
+    history: list[tuple[torch.Tensor, torch.Tensor]],
+    lower: tuple[float, ...],
+    full: tuple[float, ...],
 ) -> torch.Tensor:
-    """One unit's sums of this evaluation, shape [8], in the order of `OffsetRow`.
+    """The sums of several rows' evaluations at one step, shape [R, 8], in the order of `OffsetRow`.
 
-    ``history`` are the samples of the remembered evaluations, newest first; ``full`` and ``lower`` the weights of the
-    stand-in that they would have given with its highest term and without. With an empty history there is nothing to
-    compare with, and the comparing sums are zero.
+    ``inputs`` and ``outputs`` have shape [R, B, P, D]. ``history`` are inputs and residuals of the remembered
+    evaluations, shaped alike, newest first; ``full`` and ``lower`` the weights of the stand-in that they would have
+    given with its highest term and without. With an empty history there is nothing to compare with, and the comparing
+    sums are zero.
     """
-    tokens = torch.full_like(current.norm, current.inputs.shape[0] * current.inputs.shape[1])
-    spatial = current.spatial
-    output_square = _square(current.inputs + current.residual)
-    if not history:
-        zero = torch.zeros_like(tokens)
-        return torch.stack((tokens, zero, zero, spatial, output_square, zero, zero, zero))
-    missed = current.residual.clone()
-    highest = torch.zeros_like(missed)
-    for low, high, sample in zip(lower, full, history, strict=True):
-        missed.sub_(sample.residual, alpha=low)
-        highest.add_(sample.residual, alpha=high - low)
-    newest = history[0]
-    return torch.stack(
-        (
-            tokens,
-            temporal_sum(current.inputs, newest.inputs),
-            newest.norm,
-            spatial,
-            output_square,
-            _square(missed),
-            _dot(missed, highest),
-            _square(highest),
-        )
+    rows, batch, count, _ = inputs.shape
+    tokens = inputs.new_full((rows,), float(batch * count))
+    zero = torch.zeros_like(tokens)
+    drift, norm, missed_square, cross, highest_square = (zero,) * 5
+    if history:
+        missed = outputs - inputs
+        highest = torch.zeros_like(missed)
+        for low, high, (_, residuals) in zip(lower, full, history, strict=True):
+            if low != 0:
+                missed.sub_(residuals, alpha=low)
+            if high != low:
+                highest.add_(residuals, alpha=high - low)
+        newest = history[0][0]
+        drift, norm = temporal_sum(inputs, newest), norm_sum(newest)
+        missed_square, highest_square = _square(missed), _square(highest)
+        cross = (missed * highest).flatten(1).sum(1)
+    columns = (
+        tokens,
+        drift,
+        norm,
+        spatial_sum(inputs),
+        _square(outputs),
+        missed_square,
+        cross,
+        highest_square,
     )
-
-
-def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return torch.dot(a.float().flatten(), b.float().flatten())
+    return torch.stack(columns, dim=1)
 
 
 def _square(a: torch.Tensor) -> torch.Tensor:
-    return _dot(a, a)
+    """Σ a² of every row, shape [R]."""
+    return torch.linalg.vector_norm(a.flatten(1), dim=1).square()
 
 
 @dataclass(frozen=True)

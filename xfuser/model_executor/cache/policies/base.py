@@ -57,7 +57,11 @@ def relative_sums(current: torch.Tensor, previous: torch.Tensor | None) -> torch
     """Σ|current − previous| and Σ|previous|, shape [2]; zeros where there is no comparable previous tensor."""
     if previous is None or previous.shape != current.shape:
         return torch.zeros(2, device=current.device)
-    return torch.stack(((current - previous).abs().sum(dtype=torch.float32), previous.abs().sum(dtype=torch.float32)))
+    return torch.stack((_absolute_sum(current - previous), _absolute_sum(previous)))
+
+
+def _absolute_sum(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(tensor, ord=1, dtype=torch.float32)
 
 
 def relative_l1(sums: list[float]) -> float:

@@ -1,0 +1,127 @@
+"""What evaluated blocks show, taken from a sample of their tokens, all blocks of a step at once."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+
+from xfuser.model_executor.cache.adacorrection.offset import offset_sums
+from xfuser.model_executor.cache.approximation import extrapolation_weights, remainder
+
+# Enough tokens to see drift and error, at a small fraction of the blocks' memory traffic.
+TOKENS = 64
+
+
+def sample_tokens(stream: torch.Tensor) -> torch.Tensor:
+    """Evenly spaced tokens of [B, P, D], over all images, copied as float32 [1, about 64, D].
+
+    The stride is odd, so that images whose token count is a power of two do not show the same few places.
+    """
+    tokens = stream.detach().flatten(0, 1)
+    return tokens[:: len(tokens) // TOKENS | 1].to(torch.float32, copy=True).unsqueeze(0)
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Samples of several rows at one step, each of shape [R, 1, p, D]."""
+
+    step: int
+    inputs: torch.Tensor
+    residuals: torch.Tensor
+
+
+@dataclass
+class Measured:
+    """Sums of one step, shape [R, 8], the rows they belong to, and per row the stand-in's remainder and order."""
+
+    sums: torch.Tensor
+    rows: list[int]
+    notes: list[tuple[float, int]]
+
+
+@dataclass
+class Sampler:
+    """One branch's samples: those of the step that runs, and the remembered ones of the steps before.
+
+    A row is a block, or the run of all blocks behind the probed ones.
+    """
+
+    length: int
+    order: int
+    _open: list[tuple[int, torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    _history: dict[int, deque[tuple[Evaluation, int]]] = field(default_factory=dict)
+    _latest: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def collect(self, row: int, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
+        """Take the samples of one evaluation. A block's output is the next one's input, and is copied once."""
+        self._open.append((row, self._sample(inputs), self._sample(outputs)))
+
+    def discard(self) -> None:
+        """Forget everything."""
+        self._open.clear()
+        self._history.clear()
+        self._latest = None
+
+    def last_step(self, row: int) -> int | None:
+        """The step of the row's newest remembered evaluation."""
+        history = self._history.get(row)
+        return history[0][0].step if history else None
+
+    def last_inputs(self, row: int) -> torch.Tensor | None:
+        """The sample of the row's input at that step, shape [1, p, D]."""
+        history = self._history.get(row)
+        return history[0][0].inputs[history[0][1]] if history else None
+
+    def close(self, step: int) -> Measured | None:
+        """The sums of all that was collected in this step, which then becomes the newest remembered evaluation."""
+        if not self._open:
+            return None
+        rows, inputs, outputs = zip(*self._open, strict=True)
+        self._open.clear()
+        self._latest = None
+        inputs, outputs = torch.stack(inputs), torch.stack(outputs)
+        if self._history and self._shape_changed(inputs):
+            self._history.clear()
+        parts, notes = [], []
+        for first, last in self._groups(rows):
+            entries = [self._history.get(row, ()) for row in rows[first:last]]
+            nodes = tuple(evaluation.step for evaluation, _ in entries[0])
+            history = [_gather([entry[age] for entry in entries]) for age in range(len(nodes))]
+            lower = extrapolation_weights(step, nodes, self.order, 0.0) if nodes else ()
+            full = extrapolation_weights(step, nodes, self.order) if nodes else ()
+            parts.append(offset_sums(inputs[first:last], outputs[first:last], history, lower, full))
+            order = min(self.order, len(nodes) - 1)
+            notes += [(remainder(step, nodes, order) if nodes else 0.0, order)] * (last - first)
+        evaluation = Evaluation(step, inputs, outputs - inputs)
+        for index, row in enumerate(rows):
+            self._history.setdefault(row, deque(maxlen=self.length)).appendleft((evaluation, index))
+        return Measured(torch.cat(parts), list(rows), notes)
+
+    def _sample(self, stream: torch.Tensor) -> torch.Tensor:
+        if self._latest is None or self._latest[0] is not stream:
+            self._latest = (stream, sample_tokens(stream))
+        return self._latest[1]
+
+    def _shape_changed(self, inputs: torch.Tensor) -> bool:
+        evaluation = next(iter(self._history.values()))[0][0]
+        return evaluation.inputs.shape[1:] != inputs.shape[1:]
+
+    def _groups(self, rows: tuple[int, ...]) -> list[tuple[int, int]]:
+        """Stretches of rows that were last evaluated at the same steps."""
+        nodes = [[evaluation.step for evaluation, _ in self._history.get(row, ())] for row in rows]
+        starts = [0, *(index for index in range(1, len(rows)) if nodes[index] != nodes[index - 1]), len(rows)]
+        return list(zip(starts[:-1], starts[1:], strict=True))
+
+
+def _gather(entries: list[tuple[Evaluation, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and residuals of one remembered evaluation of several rows, without a copy where they lie together."""
+    evaluation, first = entries[0]
+    if all(each is evaluation and index == first + place for place, (each, index) in enumerate(entries)):
+        together = slice(first, first + len(entries))
+        return evaluation.inputs[together], evaluation.residuals[together]
+    return (
+        torch.stack([each.inputs[index] for each, index in entries]),
+        torch.stack([each.residuals[index] for each, index in entries]),
+    )
