@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_model_arguments(result, list(MODEL_TYPES))
     add_sampling_arguments(result)
-    result.set_defaults(num_images=64)
+    result.set_defaults(num_images=128)
     group = result.add_argument_group("comparison")
     group.add_argument(
         "--cache_methods",

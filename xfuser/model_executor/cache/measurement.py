@@ -11,11 +11,11 @@ from xfuser.model_executor.cache.adacorrection.offset import offset_sums
 from xfuser.model_executor.cache.approximation import extrapolation_weights, remainder
 
 # Enough tokens to see drift and error, at a small fraction of the blocks' memory traffic.
-TOKENS = 64
+TOKENS = 32
 
 
 def sample_tokens(stream: torch.Tensor) -> torch.Tensor:
-    """Evenly spaced tokens of [B, P, D], over all images, copied as float32 [1, about 64, D].
+    """Evenly spaced tokens of [B, P, D], over all images, copied as float32 [1, about 32, D].
 
     The stride is odd, so that images whose token count is a power of two do not show the same few places.
     """

@@ -48,7 +48,7 @@ class ModelType:
 
 
 MODEL_TYPES = {
-    "tiny-dit": ModelType(DiTPipeline, shipped_tiny_dit, "label", 1.5, {"Tea": 0.1, "Fb": 0.1}, evaluated=True),
+    "tiny-dit": ModelType(DiTPipeline, shipped_tiny_dit, "label", 1.5, {"Tea": 0.06, "Fb": 0.05}, evaluated=True),
     "dit": ModelType(DiTPipeline, "facebook/DiT-XL-2-256", "label", 1.5, {"Tea": 0.1, "Fb": 0.08}),
     "flux": ModelType(FluxPipeline, TOY, "prompt", 3.5, {"Tea": 0.4, "Fb": 0.08}),
 }

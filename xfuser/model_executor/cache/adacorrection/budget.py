@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from dataclasses import dataclass, field
+from itertools import pairwise
+from statistics import fmean
 from typing import ClassVar
 
 from xfuser.config import CacheConfig
@@ -13,27 +16,31 @@ from xfuser.model_executor.cache.adacorrection.schedule import refresh_rates
 from xfuser.model_executor.cache.approximation import ORDERS, remainder
 from xfuser.model_executor.cache.plan import StepPlan
 from xfuser.model_executor.cache.review import Observation, Review, Reviewer, StepContext
+from xfuser.model_executor.cache.steps import Call
 
 ROUNDING = 1e-9
+RECENT = 3  # proposals of the base method whose distances tell how often it proposes
 
 
 @dataclass
 class BudgetState:
-    """``spent`` counts block evaluations, ``proposed`` those that the base method asked for; the next whole step is due
-    when ``phase`` reaches 1.
+    """``spent`` counts block evaluations, ``proposals`` the steps that the base method asked for; ``latest`` are the last
+    of these. The next whole step is due when ``phase`` reaches 1.
     """
 
     estimate: ErrorEstimate
     drift: DriftMonitor = field(default_factory=DriftMonitor)
     spent: float = 0.0
-    proposed: float = 0.0
+    proposals: int = 0
+    latest: deque[int] = field(default_factory=lambda: deque(maxlen=RECENT))
     phase: float = 0.0
 
 
 class BudgetReviewer(Reviewer):
     """Spends a share of all block evaluations, and only so much, on whole steps.
 
-    The share is `adacorr_budget`, or, where none is named, what the base method has proposed so far. Whole steps,
+    The share is `adacorr_budget`, or, where none is named, what the base method would spend alone: its proposals so far
+    and, for the steps to come, as many as lately. Whole steps,
     because the errors of neighbouring blocks cancel while all of them are approximated alike, and refreshing one of
     them breaks that. Evenly in demand: each step adds (steps affordable) / (steps left) × demand^γ to a phase, where
     the demand is how unusual the step's offset score is for its lag; a refresh is due when the phase reaches 1.
@@ -58,7 +65,9 @@ class BudgetReviewer(Reviewer):
         return state.estimate.weight
 
     def review(self, state: BudgetState, context: StepContext) -> Review:
-        state.proposed += context.blocks if context.proposal else context.probed
+        if context.proposal:
+            state.proposals += 1
+            state.latest.append(context.call.step)
         evaluate = self._is_due(state, context)
         state.spent += context.blocks if evaluate else context.probed
         predicted = tuple(self._predict(state, context, block) for block in range(context.blocks))
@@ -69,7 +78,7 @@ class BudgetReviewer(Reviewer):
         demand = state.drift.ratio(context.offset, context.offset_lag) ** self.config.adacorr_gamma
         share = self.config.adacorr_budget
         if share is None:
-            share = state.proposed / (context.blocks * (call.step + 1))
+            share = (whole * self._expected_proposals(state, call) + context.probed) / context.blocks
         if whole == 0 or share >= 1:
             return True
         if call.num_steps is None:
@@ -92,6 +101,16 @@ class BudgetReviewer(Reviewer):
             return False
         state.phase -= 1
         return True
+
+    @staticmethod
+    def _expected_proposals(state: BudgetState, call: Call) -> float:
+        """The base method's proposals a step, over the whole generation or, where its end is unknown, lately."""
+        since = call.step - state.latest[-1] if state.latest else 0
+        gaps = [later - earlier for earlier, later in pairwise(state.latest)] or [1]
+        lately = 1 / max(fmean(gaps), since + 1)
+        if call.num_steps is None:
+            return lately
+        return (state.proposals + lately * (call.num_steps - 1 - call.step)) / call.num_steps
 
     def _predict(self, state: BudgetState, context: StepContext, block: int) -> float:
         nodes = context.nodes[min(block, context.probed)]
