@@ -25,8 +25,8 @@ class CacheConfig:
             ``encoder_hidden_states``. The declaration of the model knows; a value that contradicts it is refused.
         enable_adacorrection: Let AdaCorrection (arXiv 2602.13357) review the base method's proposals.
         adacorr_gamma: Scale of the correction, above 0. In ``blend`` it is the paper's γ (equation 4). In ``bound`` it
-            multiplies the predicted error. In ``budget`` it is the weight of AdaCorrection's own error estimate
-            against the base method's proposal.
+            multiplies the predicted error. In ``budget`` it is the exponent with which a step's unusual drift
+            moves a refresh forward or back.
         adacorr_lambda: Weight of the spatial variation in the offset score (equation 3), at least 0.
         adacorr_mode: ``"blend"``, ``"bound"`` or ``"budget"``; by default ``bound`` where a tolerance is named, else
             ``budget``.

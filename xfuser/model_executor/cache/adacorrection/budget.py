@@ -24,8 +24,8 @@ RECENT = 3  # proposals of the base method whose distances tell how often it pro
 
 @dataclass
 class BudgetState:
-    """``spent`` counts block evaluations, ``proposals`` the steps that the base method asked for; ``latest`` are the last
-    of these. The next whole step is due when ``phase`` reaches 1.
+    """``spent`` counts block evaluations, ``proposals`` the steps that the base method asked for, ``latest`` holds the
+    last of these. The next whole step is due when ``phase`` reaches 1.
     """
 
     estimate: ErrorEstimate
@@ -40,10 +40,10 @@ class BudgetReviewer(Reviewer):
     """Spends a share of all block evaluations, and only so much, on whole steps.
 
     The share is `adacorr_budget`, or, where none is named, what the base method would spend alone: its proposals so far
-    and, for the steps to come, as many as lately. Whole steps,
-    because the errors of neighbouring blocks cancel while all of them are approximated alike, and refreshing one of
-    them breaks that. Evenly in demand: each step adds (steps affordable) / (steps left) × demand^γ to a phase, where
-    the demand is how unusual the step's offset score is for its lag; a refresh is due when the phase reaches 1.
+    and, for the steps to come, as many as lately. Whole steps, because the errors of neighbouring blocks cancel while
+    all of them are approximated alike, and refreshing one of them breaks that. Each step adds its rate (`schedule`)
+    × demand^γ to a phase, where the demand is how unusual the step's offset score is for its lag; a refresh is due when
+    the phase reaches 1. What stands in between is corrected with the learned weight (`ErrorEstimate.weight`).
     """
 
     measures: ClassVar[bool] = True
