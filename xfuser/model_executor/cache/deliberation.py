@@ -54,7 +54,12 @@ class Deliberation:
         active.branch.sampler.collect(row, inputs[0], outputs[0])
 
     def close(self, active: Active) -> None:
-        """Sum up what the step measured; it is told with the next step's exchange."""
+        """Sum up what the step measured; it is told with the next step's exchange.
+
+        Where steps are whole or not, a probed block alone tells nothing that is used.
+        """
+        if self.reviewer.whole_steps and active.stand_ins:
+            active.branch.sampler.abandon()
         measured = active.branch.sampler.close(active.call.step)
         active.branch.pending = Pending(active.record, measured) if measured is not None else None
 
@@ -97,7 +102,7 @@ class Deliberation:
         drift = torch.zeros(DRIFT, device=signal.device)
         reference = branch.sampler.last_inputs(self.run)
         if reference is not None:
-            drift = drift_sums(sample_tokens(inputs), reference)
+            drift = drift_sums(sample_tokens(inputs)[None], reference)
         unusable = branch.memory.count_unusable(signal.device)
         return [signal, drift, unusable[None], self._rows(branch, signal.device)]
 

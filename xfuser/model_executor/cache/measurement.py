@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 
@@ -11,16 +12,22 @@ from xfuser.model_executor.cache.adacorrection.offset import offset_sums
 from xfuser.model_executor.cache.approximation import extrapolation_weights, remainder
 
 # Enough tokens to see drift and error, at a small fraction of the blocks' memory traffic.
-TOKENS = 32
+TOKENS = 24
+# Streams that wait to be sampled together, since small operations between large ones find every cache cold. More of
+# them would hold more activations in memory.
+WAITING = 4
+
+
+@cache
+def _sampled_places(tokens: int, device: torch.device) -> torch.Tensor:
+    """The stride is odd, so that images whose token count is a power of two do not show the same few places."""
+    return torch.arange(0, tokens, tokens // TOKENS | 1, device=device)
 
 
 def sample_tokens(stream: torch.Tensor) -> torch.Tensor:
-    """Evenly spaced tokens of [B, P, D], over all images, copied as float32 [1, about 32, D].
-
-    The stride is odd, so that images whose token count is a power of two do not show the same few places.
-    """
+    """Evenly spaced tokens of [B, P, D], over all images, copied as float32 [about 24, D]."""
     tokens = stream.detach().flatten(0, 1)
-    return tokens[:: len(tokens) // TOKENS | 1].to(torch.float32, copy=True).unsqueeze(0)
+    return tokens.index_select(0, _sampled_places(len(tokens), tokens.device)).float()
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,17 +58,25 @@ class Sampler:
     length: int
     order: int
     _open: list[tuple[int, torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    _waiting: list[tuple[int, torch.Tensor, torch.Tensor]] = field(default_factory=list)
     _history: dict[int, deque[tuple[Evaluation, int]]] = field(default_factory=dict)
     _latest: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def collect(self, row: int, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
-        """Take the samples of one evaluation. A block's output is the next one's input, and is copied once."""
-        self._open.append((row, self._sample(inputs), self._sample(outputs)))
+        """Take the samples of one evaluation, soon. A block's output is the next one's input, and is sampled once."""
+        self._waiting.append((row, inputs, outputs))
+        if len(self._waiting) >= WAITING:
+            self._sample_waiting()
 
     def discard(self) -> None:
         """Forget everything."""
-        self._open.clear()
+        self.abandon()
         self._history.clear()
+
+    def abandon(self) -> None:
+        """Forget what was collected in this step."""
+        self._waiting.clear()
+        self._open.clear()
         self._latest = None
 
     def last_step(self, row: int) -> int | None:
@@ -76,12 +91,13 @@ class Sampler:
 
     def close(self, step: int) -> Measured | None:
         """The sums of all that was collected in this step, which then becomes the newest remembered evaluation."""
+        self._sample_waiting()
         if not self._open:
             return None
         rows, inputs, outputs = zip(*self._open, strict=True)
         self._open.clear()
         self._latest = None
-        inputs, outputs = torch.stack(inputs), torch.stack(outputs)
+        inputs, outputs = torch.stack(inputs)[:, None], torch.stack(outputs)[:, None]
         if self._history and self._shape_changed(inputs):
             self._history.clear()
         parts, notes = [], []
@@ -98,6 +114,11 @@ class Sampler:
         for index, row in enumerate(rows):
             self._history.setdefault(row, deque(maxlen=self.length)).appendleft((evaluation, index))
         return Measured(torch.cat(parts), list(rows), notes)
+
+    def _sample_waiting(self) -> None:
+        for row, inputs, outputs in self._waiting:
+            self._open.append((row, self._sample(inputs), self._sample(outputs)))
+        self._waiting.clear()
 
     def _sample(self, stream: torch.Tensor) -> torch.Tensor:
         if self._latest is None or self._latest[0] is not stream:

@@ -11,7 +11,7 @@ import math
 # cost more than g³ says, so the level part begins a little earlier; between 0.35 and 0.45 it makes little difference.
 STEEPNESS = 6.0
 SETTLED = 0.4
-BISECTIONS = 40
+BISECTIONS = 24
 
 
 def density(step: int, num_steps: int) -> float:
