@@ -36,9 +36,10 @@ def drift_sums(current: torch.Tensor, reference: torch.Tensor | None) -> torch.T
     """
     if reference is None or reference.shape != current.shape:
         return torch.zeros(DRIFT, device=current.device)
-    tokens = torch.full((), float(current.shape[0] * current.shape[1]), device=current.device)
-    spatial = spatial_sum(torch.stack((current, reference)))
-    return torch.stack((tokens, temporal_sum(current, reference), norm_sum(reference), *spatial))
+    both = torch.stack((current, reference))
+    spatial, norms = spatial_sum(both), norm_sum(both)
+    tokens = torch.full_like(norms[0], current.shape[0] * current.shape[1])
+    return torch.stack((tokens, temporal_sum(current, reference), norms[1], *spatial))
 
 
 def offset_sums(
@@ -60,14 +61,13 @@ def offset_sums(
     zero = torch.zeros_like(tokens)
     drift, norm, missed_square, cross, highest_square = (zero,) * 5
     if history:
-        missed = outputs - inputs
-        highest = torch.zeros_like(missed)
-        for low, high, (_, residuals) in zip(lower, full, history, strict=True):
+        newest, residuals = history[0]
+        missed = torch.sub(outputs - inputs, residuals, alpha=lower[0])
+        highest = residuals * (full[0] - lower[0])
+        for low, high, (_, residuals) in zip(lower[1:], full[1:], history[1:], strict=True):
             if low != 0:
                 missed.sub_(residuals, alpha=low)
-            if high != low:
-                highest.add_(residuals, alpha=high - low)
-        newest = history[0][0]
+            highest.add_(residuals, alpha=high - low)
         drift, norm = temporal_sum(inputs, newest), norm_sum(newest)
         missed_square, highest_square = _square(missed), _square(highest)
         cross = (missed * highest).flatten(1).sum(1)

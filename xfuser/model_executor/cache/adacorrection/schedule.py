@@ -11,7 +11,6 @@ import math
 # cost more than g³ says, so the level part begins a little earlier; between 0.35 and 0.45 it makes little difference.
 STEEPNESS = 6.0
 SETTLED = 0.4
-BISECTIONS = 24
 
 
 def density(step: int, num_steps: int) -> float:
@@ -33,14 +32,14 @@ def refresh_rates(position: int, steps_left: int, num_steps: int, affordable: fl
     Returns:
         ``steps_left`` rates between 0 and 1.
     """
-    shape = [density(position + index, num_steps) for index in range(steps_left)]
     if affordable >= steps_left:
         return [1.0] * steps_left
-    low, high = 0.0, 1.0 / min(shape) if shape else 0.0
-    for _ in range(BISECTIONS):
-        scale = (low + high) / 2
-        if sum(min(1.0, scale * value) for value in shape) < affordable:
-            low = scale
-        else:
-            high = scale
-    return [min(1.0, high * value) for value in shape]
+    shape = [density(position + index, num_steps) for index in range(steps_left)]
+    rest = sum(shape)
+    for full, value in enumerate(shape):
+        # The density never rises, so the steps that are refreshed for certain are the first ones.
+        scale = (affordable - full) / rest
+        if scale * value <= 1:
+            return [1.0] * full + [scale * each for each in shape[full:]]
+        rest -= value
+    return [1.0] * steps_left
