@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from xfuser.config.arguments import (
+    add_base_arguments,
     add_correction_arguments,
     add_model_arguments,
     add_sampling_arguments,
     correction_settings,
+    named_settings,
 )
 from xfuser.core.console import check_output_folder, quiet_libraries
 
@@ -25,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="generate images", description="Generate images.")
     add_model_arguments(generate, list(MODEL_TYPES))
     add_sampling_arguments(generate)
-    generate.add_argument("--prompt", nargs="+", help="prompts, taken in turn (flux)")
+    generate.add_argument("--prompt", nargs="+", help="prompts, taken in turn (flux, pixart, sd3)")
     generate.add_argument("--class_label", nargs="+", help="class numbers or names, taken in turn (tiny-dit, dit)")
     generate.add_argument("--output_dir", type=Path, default=Path("outputs"), help="default: %(default)s")
     generate.add_argument(
@@ -34,34 +36,94 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--rel_l1_thresh", type=float, help="threshold of the base method (default: the model type's)"
     )
+    add_base_arguments(generate)
     add_correction_arguments(generate)
     generate.set_defaults(run=run_generate)
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="learn a model's behaviour once",
+        description="Generate some images without a cache and keep what caches can learn from them: TeaCache's "
+        "polynomial, FastCache's maps and noise, the weights of approximation 'fitted'.",
+    )
+    add_model_arguments(calibrate, list(MODEL_TYPES))
+    add_sampling_arguments(calibrate)
+    calibrate.add_argument("--prompt", nargs="+", help="prompts, taken in turn (flux, pixart, sd3)")
+    calibrate.add_argument("--class_label", nargs="+", help="class numbers or names, taken in turn (tiny-dit, dit)")
+    calibrate.add_argument(
+        "--output", type=Path, default=Path("calibration.safetensors"), help="a .safetensors file; default: %(default)s"
+    )
+    calibrate.set_defaults(run=run_calibrate, num_images=16)
     return parser
 
 
 def run_generate(args: argparse.Namespace) -> None:
-    import torch
-
     from xfuser.config import CacheConfig
-    from xfuser.core.distributed.environment import choose_device
     from xfuser.model_executor.cache import apply_cache_on_pipeline
-    from xfuser.model_executor.pipelines import MODEL_TYPES, load_pipeline
-    from xfuser.model_executor.pipelines.generate import Generation, generate_images
+    from xfuser.model_executor.pipelines import MODEL_TYPES
+    from xfuser.model_executor.pipelines.generate import generate_images
 
-    spec = MODEL_TYPES[args.model_type]
-    settings = cache_settings(args, spec.thresholds)
+    settings = cache_settings(args, MODEL_TYPES[args.model_type].thresholds)
     CacheConfig.from_keywords(**settings)
-    device = choose_device(args.device)
-    wanted, other = ("class_label", "prompt") if spec.conditioned_on == "label" else ("prompt", "class_label")
+    check_conditions(args)
+    check_output_folder(args.output_dir)
+    loaded, request = load_and_request(args)
+    engine = apply_cache_on_pipeline(loaded.pipeline, **settings)
+    print_summary(generate_images(loaded, request, engine, args.output_dir), args.output_dir)
+
+
+def run_calibrate(args: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    from xfuser.model_executor.cache import apply_cache_on_pipeline
+    from xfuser.model_executor.pipelines.generate import conditions_hash, generate_batches
+
+    if args.output.suffix != ".safetensors":
+        raise ValueError(f"--output: {str(args.output)!r} does not end in .safetensors")
+    check_conditions(args)
+    check_output_folder(args.output.parent)
+    loaded, request = load_and_request(args)
+    engine = apply_cache_on_pipeline(loaded.pipeline)
+    engine.record()
+    for _ in generate_batches(loaded, request):
+        pass
+    calibration = engine.recorded()
+    provenance = calibration.provenance | {
+        "model": loaded.name,
+        "images": request.num_images,
+        "seed": request.seed,
+        "guidance_scale": loaded.spec.guidance_scale if request.guidance_scale is None else request.guidance_scale,
+        "conditions_sha256": conditions_hash(request.conditions),
+    }
+    replace(calibration, provenance=provenance).save(args.output)
+    print(f"{args.output}: {calibration.steps} steps, {calibration.blocks} blocks, from {request.num_images} images")
+
+
+def check_conditions(args: argparse.Namespace) -> None:
+    """Refuse prompts for a model of labels, and the other way round, before anything is loaded."""
+    from xfuser.model_executor.pipelines import MODEL_TYPES
+
+    labelled = MODEL_TYPES[args.model_type].conditioned_on == "label"
+    wanted, other = ("class_label", "prompt") if labelled else ("prompt", "class_label")
     if getattr(args, other) is not None:
         raise ValueError(f"--{other} does not go with --model_type {args.model_type}; use --{wanted}")
-    if wanted == "prompt" and not args.prompt:
+    if not labelled and not args.prompt:
         raise ValueError("--prompt is missing: name at least one")
-    check_output_folder(args.output_dir)
+
+
+def load_and_request(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The pipeline, and what it is to generate."""
+    import torch
+
+    from xfuser.core.distributed.environment import choose_device
+    from xfuser.model_executor.pipelines import load_pipeline
+    from xfuser.model_executor.pipelines.generate import Generation
+
+    device = choose_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     loaded = load_pipeline(args.model_type, args.model, device)
-    conditions = class_numbers(args.class_label, loaded) if wanted == "class_label" else args.prompt
+    labelled = loaded.spec.conditioned_on == "label"
+    conditions = class_numbers(args.class_label, loaded) if labelled else args.prompt
     request = Generation(
         conditions,
         args.num_images or len(conditions),
@@ -72,17 +134,16 @@ def run_generate(args: argparse.Namespace) -> None:
         args.height,
         args.width,
     )
-    engine = apply_cache_on_pipeline(loaded.pipeline, **settings)
-    print_summary(generate_images(loaded, request, engine, args.output_dir), args.output_dir)
+    return loaded, request
 
 
 def cache_settings(args: argparse.Namespace, thresholds: dict[str, float]) -> dict[str, Any]:
     """`CacheConfig` settings from the command line."""
     method = None if args.use_cache == "None" else args.use_cache
-    settings: dict[str, Any] = {"use_cache": method, "approximation": args.approximation}
+    settings = {"use_cache": method, "approximation": args.approximation, **named_settings(args)}
     if args.rel_l1_thresh is not None:
         settings["rel_l1_thresh"] = args.rel_l1_thresh
-    elif method is not None:
+    elif method in thresholds:
         settings["rel_l1_thresh"] = thresholds[method]
     return settings | correction_settings(args, args.enable_adacorrection)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 
 import pytest
 import torch
-from toys import Toy, build_toy_dit
+from toys import Toy
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -16,35 +17,34 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def _dit_once() -> Toy:
-    return Toy("dit", build_toy_dit())
-
-
-@pytest.fixture(scope="session")
-def _flux_once() -> Toy:
-    from xfuser.model_executor.pipelines.toy_flux import build_toy_flux
-
-    pipeline = build_toy_flux()
-    pipeline.set_progress_bar_config(disable=True)
-    return Toy("flux", pipeline)
+def _once() -> Callable[[str], Toy]:
+    return cache(Toy.build)
 
 
 @pytest.fixture
-def dit(_dit_once: Toy) -> Iterator[Toy]:
-    yield _dit_once
-    _assert_clean(_dit_once)
+def dit(_once: Callable[[str], Toy]) -> Iterator[Toy]:
+    yield from _lent(_once("dit"))
 
 
 @pytest.fixture
-def flux(_flux_once: Toy) -> Iterator[Toy]:
-    yield _flux_once
-    _assert_clean(_flux_once)
+def flux(_once: Callable[[str], Toy]) -> Iterator[Toy]:
+    yield from _lent(_once("flux"))
 
 
 @pytest.fixture
-def toy(family: str, request: pytest.FixtureRequest) -> Toy:
+def sd3(_once: Callable[[str], Toy]) -> Iterator[Toy]:
+    yield from _lent(_once("sd3"))
+
+
+@pytest.fixture
+def toy(family: str, _once: Callable[[str], Toy]) -> Iterator[Toy]:
     """The toy that a test's ``family`` parameter names."""
-    return request.getfixturevalue(family)
+    yield from _lent(_once(family))
+
+
+def _lent(used: Toy) -> Iterator[Toy]:
+    yield used
+    _assert_clean(used)
 
 
 def _assert_clean(used: Toy) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from toys import ALWAYS, FAMILIES, LEVELS, Toy, attached, build_toy_dit, drive
+from toys import ALL_FAMILIES, ALWAYS, LEVELS, Toy, attached, build_toy_dit, drive
 
 NEVER = {
     "base": {"rel_l1_thresh": 0},
@@ -26,7 +26,7 @@ STEPS = 5
 @pytest.mark.parametrize("settings", NEVER.values(), ids=NEVER)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_images_are_bit_identical(toy: Toy, level: str, method: str, settings: dict[str, Any]) -> None:
     expected = toy.plain_images(STEPS, batch=2)
     with attached(toy.pipeline, level, method, **settings) as engine:
@@ -40,7 +40,7 @@ def test_images_are_bit_identical(toy: Toy, level: str, method: str, settings: d
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_no_method_at_all_is_bit_identical(toy: Toy, level: str) -> None:
     expected = toy.plain_images(STEPS, batch=2)
     with attached(toy.pipeline, level, None) as engine:
@@ -51,7 +51,7 @@ def test_no_method_at_all_is_bit_identical(toy: Toy, level: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_hits_do_change_the_images(toy: Toy, level: str, method: str) -> None:
     """Without this, the tests above would hold for blocks that contribute nothing."""
     expected = toy.plain_images(STEPS, batch=2)

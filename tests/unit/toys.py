@@ -1,10 +1,10 @@
-"""Toy pipelines of both families, a scripted transformer to compute by hand, and the verbs that the tests share."""
+"""Toy pipelines of every family, a scripted transformer to compute by hand, and the verbs that the tests share."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +16,12 @@ from torch import nn
 from xfuser.config import CacheConfig
 from xfuser.model_executor.adapters import ModelDeclaration
 from xfuser.model_executor.cache import CacheEngine, apply_cache_on_pipeline, apply_cache_on_transformer
+from xfuser.model_executor.pipelines.toy_flux import build_toy_flux
+from xfuser.model_executor.pipelines.toy_pixart import build_toy_pixart
+from xfuser.model_executor.pipelines.toy_sd3 import build_toy_sd3
 
-FAMILIES = ("dit", "flux")
+FAMILIES = ("dit", "flux")  # one stream and two: what most tests run on
+ALL_FAMILIES = (*FAMILIES, "pixart", "sd3")
 LEVELS = ("transformer", "pipeline")
 ALWAYS = 1e6  # a threshold that no distance reaches
 
@@ -42,6 +46,19 @@ def build_toy_dit(seed: int = 0, layers: int = 4) -> DiTPipeline:
     return pipeline
 
 
+BUILDERS: dict[str, Callable[[], Any]] = {
+    "dit": build_toy_dit,
+    "flux": build_toy_flux,
+    "pixart": build_toy_pixart,
+    "pixart-sigma": functools.partial(build_toy_pixart, sigma=True),
+    "sd3": build_toy_sd3,
+}
+CALL = {
+    "pixart": {"use_resolution_binning": False, "clean_caption": False},
+    "pixart-sigma": {"use_resolution_binning": False, "clean_caption": False},
+}
+
+
 @dataclass
 class Toy:
     """A pipeline and one way to ask it for images, whatever its family."""
@@ -49,6 +66,12 @@ class Toy:
     family: str
     pipeline: Any
     _plain: dict[tuple[int, ...], np.ndarray] = field(default_factory=dict)
+
+    @classmethod
+    def build(cls, family: str) -> Toy:
+        pipeline = BUILDERS[family]()
+        pipeline.set_progress_bar_config(disable=True)
+        return cls(family, pipeline)
 
     @property
     def transformer(self) -> nn.Module:
@@ -74,6 +97,7 @@ class Toy:
         else:
             prompts = [f"fox number {index}" for index in range(batch)]
             arguments |= {"prompt": prompts, "height": 64, "width": 64, "max_sequence_length": 16}
+            arguments |= CALL.get(self.family, {})
         return np.asarray(self.pipeline(**arguments).images)
 
     def plain_images(self, steps: int = 6, batch: int = 1, seed: int = 0) -> np.ndarray:
@@ -111,6 +135,27 @@ def wrapped(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable
         yield
     finally:
         delattr(owner, name)
+
+
+@contextmanager
+def counted(toy: Toy) -> Iterator[list[int]]:
+    """How often each block's own forward runs."""
+    counts = [0] * len(toy.blocks)
+
+    def counting(index: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                counts[index] += 1
+                return original(*args, **kwargs)
+
+            return forward
+
+        return wrap
+
+    with ExitStack() as stack:
+        for index, block in enumerate(toy.blocks):
+            stack.enter_context(wrapped(block, "forward", counting(index)))
+        yield counts
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from xfuser.config.cache import APPROXIMATIONS, DEFAULT_TOLERANCE, MODES, SCORES
+from xfuser.config.cache import APPROXIMATIONS, DEFAULT_TOLERANCE, GRANULARITIES, MODES, SCORES, SYNCS
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, model_types: list[str]) -> None:
@@ -31,6 +31,38 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=42, help="image i starts from the noise of seed + i (default: 42)")
 
 
+def add_base_arguments(parser: argparse.ArgumentParser) -> None:
+    """The base methods' own settings, and what was calibrated; each method is given those that it reads."""
+    group = parser.add_argument_group("base methods")
+    group.add_argument(
+        "--motion_threshold", type=float, help="Fast: evaluate only tokens that move more (default: all tokens)"
+    )
+    group.add_argument("--adaptive_threshold", action="store_true", help="Fast: use the published adaptive threshold")
+    group.add_argument("--significance", type=float, help="Fast: α of the χ² test (default: 0.05)")
+    group.add_argument("--interval", type=positive, help="Interval: evaluate every N-th step (default: 3)")
+    group.add_argument(
+        "--calibration", metavar="FILE", help="a file of `xdit calibrate`, or 'first': learn from the first generation"
+    )
+
+
+# Which of the base methods' settings each of them reads; all read a calibration.
+READS = {"Fast": ("motion_threshold", "significance", "adaptive_threshold", "sync"), "Interval": ("interval",)}
+
+
+def named_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The `CacheConfig` settings of base methods that a command line named."""
+    names = ("motion_threshold", "significance", "interval", "sync", "calibration")
+    settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return settings | ({"adaptive_threshold": True} if args.adaptive_threshold else {})
+
+
+def base_settings(args: argparse.Namespace, method: str) -> dict[str, Any]:
+    """Those that one base method reads, for commands that compare several; without its threshold."""
+    read = (*READS.get(method, ()), "calibration")
+    named = {name: value for name, value in named_settings(args).items() if name in read}
+    return {"use_cache": method, **named}
+
+
 def add_correction_arguments(parser: argparse.ArgumentParser) -> None:
     """AdaCorrection's settings; the names and defaults are those of `CacheConfig`."""
     group = parser.add_argument_group("AdaCorrection")
@@ -46,7 +78,14 @@ def add_correction_arguments(parser: argparse.ArgumentParser) -> None:
         "--adacorr_budget", type=float, help="budget: share of block evaluations, 0 to 1 (default: the base method's)"
     )
     group.add_argument(
-        "--approximation", choices=APPROXIMATIONS, help="what stands in (default: taylor-1 under AdaCorrection)"
+        "--granularity", choices=GRANULARITIES, help="gate: whole blocks, or tokens of them too (default: layer)"
+    )
+    group.add_argument("--sync", choices=SYNCS, help="gate, Fast: decide once a step or at every layer (default: step)")
+    group.add_argument(
+        "--approximation",
+        choices=APPROXIMATIONS,
+        help="what stands in (default: linear for Fast, residual for others; under AdaCorrection fitted where "
+        "calibrated, else taylor-1)",
     )
 
 
@@ -56,10 +95,14 @@ def correction_settings(args: argparse.Namespace, corrects: bool) -> dict[str, A
     Raises:
         ValueError: One was named, but nothing is corrected.
     """
-    names = [name for name in vars(args) if name.startswith("adacorr_") and getattr(args, name) is not None]
+    names = [name for name in vars(args) if name.startswith("adacorr_") or name == "granularity"]
+    names = [name for name in names if getattr(args, name) is not None]
     if names and not corrects:
         raise ValueError(f"--{names[0]} needs AdaCorrection; add --enable_adacorrection")
-    return {"enable_adacorrection": corrects, **{name: getattr(args, name) for name in names}}
+    settings = {"enable_adacorrection": corrects, **{name: getattr(args, name) for name in names}}
+    if args.sync is not None and args.adacorr_mode == "gate":
+        settings["sync"] = args.sync
+    return settings
 
 
 def positive(text: str) -> int:

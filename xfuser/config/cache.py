@@ -6,10 +6,13 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
-MODES = ("blend", "bound", "budget")
+MODES = ("blend", "bound", "budget", "gate")
 SCORES = ("relative", "absolute")
-APPROXIMATIONS = ("residual", "taylor-1", "taylor-2")
+APPROXIMATIONS = ("residual", "linear", "taylor-1", "taylor-2", "fitted")
+GRANULARITIES = ("layer", "token")
+SYNCS = ("step", "layer")
 DEFAULT_TOLERANCE = 0.02
+FIRST = "first"
 
 
 @dataclass(frozen=True)
@@ -17,26 +20,40 @@ class CacheConfig:
     """Settings of one cached run.
 
     Args:
-        use_cache: The base method: ``None`` (evaluate everything), ``"Tea"`` (TeaCache, arXiv 2411.19108) or ``"Fb"``
-            (First Block Cache).
-        rel_l1_thresh: The base method's threshold, a relative L1 distance without unit, at least 0. 0 never hits.
+        use_cache: The base method: ``None`` (evaluate everything), ``"Fast"`` (FastCache, arXiv 2505.20353), ``"Tea"``
+            (TeaCache, arXiv 2411.19108), ``"Fb"`` (First Block Cache) or ``"Interval"`` (every N-th step).
+        rel_l1_thresh: The base method's threshold, a relative distance without unit, at least 0. 0 never hits.
+        motion_threshold: Fast: tokens that moved less, as a share of the fastest one's squared change, are not
+            evaluated; at least 0. ``None`` and 0 evaluate all tokens, above 1 none is.
+        significance: Fast: α of the χ² test, between 0 and 1.
+        adaptive_threshold: Fast: let the published adaptive threshold bound the drift too.
+        interval: Interval: every how many steps everything is evaluated, at least 1.
         num_steps: Denoising steps of a generation. Needed only where no pipeline tells it.
         return_hidden_states_first: Whether a block of two streams returns ``hidden_states`` before
             ``encoder_hidden_states``. The declaration of the model knows; a value that contradicts it is refused.
         enable_adacorrection: Let AdaCorrection (arXiv 2602.13357) review the base method's proposals.
-        adacorr_gamma: Scale of the correction, above 0. In ``blend`` it is the paper's γ (equation 4). In ``bound`` it
-            multiplies the predicted error. In ``budget`` it is the exponent with which a step's unusual drift
-            moves a refresh forward or back.
+        adacorr_gamma: Scale of the correction, above 0. In ``blend`` it is the paper's γ (equation 4), and so in
+            ``gate``, times what each layer was found to need. In ``bound`` it multiplies the predicted error. In
+            ``budget`` it is the exponent with which a step's unusual drift moves a refresh forward or back.
         adacorr_lambda: Weight of the spatial variation in the offset score (equation 3), at least 0.
-        adacorr_mode: ``"blend"``, ``"bound"`` or ``"budget"``; by default ``bound`` where a tolerance is named, else
-            ``budget``.
+        adacorr_mode: ``"blend"``, ``"bound"``, ``"gate"`` or ``"budget"``; by default ``bound`` where a tolerance is
+            named, else ``budget``.
         adacorr_score: ``"relative"`` offsets (comparable between models) or ``"absolute"`` ones (as published).
-        adacorr_tolerance: For ``bound``: the relative error that a stand-in for a block may have, at least 0.
+        adacorr_tolerance: For ``bound`` and ``gate``: the relative error that a stand-in for a block may have, at
+            least 0.
         adacorr_budget: For ``budget``: the share of all block evaluations that may be spent, 0 to 1. By default the
             share that the base method itself proposes.
-        approximation: What stands in for a block: ``"residual"`` (its last residual), ``"taylor-1"`` or ``"taylor-2"``
-            (the residual extrapolated over the evaluated steps). By default ``"residual"`` for a base method alone, as
-            its authors publish it, and ``"taylor-1"`` under AdaCorrection.
+        approximation: What stands in for a block: ``"residual"`` (its last residual), ``"linear"`` (that, plus a fitted
+            linear map of the input's change), ``"taylor-1"`` or ``"taylor-2"`` (the residual extrapolated over the
+            evaluated steps), or ``"fitted"`` (weights on them from a calibration). By default ``"linear"`` for Fast
+            and ``"residual"`` for the other base methods alone, as their authors publish them, and ``"taylor-1"``
+            under AdaCorrection, or ``"fitted"`` where a calibration is given.
+        granularity: For ``gate``: ``"layer"`` evaluates whole blocks, ``"token"`` also the tokens of an approximated
+            block whose own drift asks for it.
+        sync: For Fast and ``gate``: ``"step"`` decides once a step, from the sums of the step before; ``"layer"``
+            before every block, from the current ones, at the price of an exchange a block.
+        calibration: A file that ``xdit calibrate`` wrote, or ``"first"``: learn from the first generation, which is
+            evaluated in full.
 
     Raises:
         ValueError: A value is out of its range, or two settings contradict each other.
@@ -54,6 +71,13 @@ class CacheConfig:
     adacorr_tolerance: float | None = None
     adacorr_budget: float | None = None
     approximation: str | None = None
+    motion_threshold: float | None = None
+    significance: float = 0.05
+    adaptive_threshold: bool = False
+    interval: int = 3
+    granularity: str = "layer"
+    sync: str = "step"
+    calibration: str | None = None
 
     def __post_init__(self) -> None:
         _one_of("adacorr_mode", self.adacorr_mode, (None, *MODES))
@@ -61,20 +85,41 @@ class CacheConfig:
         _one_of("approximation", self.approximation, (None, *APPROXIMATIONS))
         _one_of("return_hidden_states_first", self.return_hidden_states_first, (None, True, False))
         _one_of("enable_adacorrection", self.enable_adacorrection, (True, False))
+        _one_of("granularity", self.granularity, GRANULARITIES)
+        _one_of("sync", self.sync, SYNCS)
+        _one_of("adaptive_threshold", self.adaptive_threshold, (True, False))
         _number("rel_l1_thresh", self.rel_l1_thresh, 0, math.inf)
+        _number("significance", self.significance, 0, 1)
+        if self.motion_threshold is not None:
+            _number("motion_threshold", self.motion_threshold, 0, math.inf)
         _number("adacorr_lambda", self.adacorr_lambda, 0, math.inf)
         _number("adacorr_gamma", self.adacorr_gamma, 0, math.inf)
         if self.adacorr_gamma == 0:
             raise ValueError("adacorr_gamma=0 would switch the correction off; use enable_adacorrection=False")
-        if self.num_steps is not None and (isinstance(self.num_steps, bool) or not isinstance(self.num_steps, int)):
-            raise ValueError(f"num_steps={self.num_steps!r}: expected a whole number of denoising steps, 1 or more")
-        if self.num_steps is not None and self.num_steps < 1:
-            raise ValueError(f"num_steps={self.num_steps}: expected 1 or more")
+        _count("interval", self.interval)
+        if self.num_steps is not None:
+            _count("num_steps", self.num_steps)
         if self.adacorr_tolerance is not None:
             _number("adacorr_tolerance", self.adacorr_tolerance, 0, math.inf)
         if self.adacorr_budget is not None:
             _number("adacorr_budget", self.adacorr_budget, 0, 1)
         self._check_adacorrection()
+        self._check_belongings()
+
+    def _check_belongings(self) -> None:
+        """A setting that nothing would read is refused, not ignored."""
+        if self.use_cache != "Fast":
+            for name, default in (("motion_threshold", None), ("adaptive_threshold", False), ("significance", 0.05)):
+                if getattr(self, name) != default:
+                    raise ValueError(f"{name} belongs to use_cache='Fast', not to {self.use_cache!r}")
+        if self.use_cache != "Interval" and self.interval != 3:
+            raise ValueError(f"interval belongs to use_cache='Interval', not to {self.use_cache!r}")
+        if self.granularity == "token" and self.mode != "gate":
+            raise ValueError("granularity='token' belongs to adacorr_mode='gate'")
+        if self.sync == "layer" and self.mode != "gate" and (self.use_cache, self.mode) != ("Fast", None):
+            raise ValueError("sync='layer' belongs to use_cache='Fast' alone, or to adacorr_mode='gate'")
+        if self.approximation == "fitted" and self.calibration is None:
+            raise ValueError("approximation='fitted' needs calibration: a file from `xdit calibrate`, or 'first'")
 
     def _check_adacorrection(self) -> None:
         if not self.enable_adacorrection:
@@ -84,9 +129,10 @@ class CacheConfig:
             return
         if self.adacorr_tolerance is not None and self.adacorr_budget is not None:
             raise ValueError("adacorr_tolerance and adacorr_budget exclude each other: name one of them")
-        for name, mode in (("adacorr_tolerance", "bound"), ("adacorr_budget", "budget")):
-            if getattr(self, name) is not None and self.adacorr_mode not in (None, mode):
-                raise ValueError(f"{name} belongs to adacorr_mode={mode!r}, not to {self.adacorr_mode!r}")
+        for name, modes in (("adacorr_tolerance", ("bound", "gate")), ("adacorr_budget", ("budget",))):
+            if getattr(self, name) is not None and self.adacorr_mode not in (None, *modes):
+                allowed = " or ".join(repr(mode) for mode in modes)
+                raise ValueError(f"{name} belongs to adacorr_mode={allowed}, not to {self.adacorr_mode!r}")
 
     @property
     def mode(self) -> str | None:
@@ -106,7 +152,11 @@ class CacheConfig:
         """The approximation in force. ``blend`` takes the stored activation itself unless another one is named."""
         if self.approximation is not None:
             return self.approximation
-        return {None: "residual", "blend": "activation"}.get(self.mode, "taylor-1")
+        if self.mode is None:
+            return "linear" if self.use_cache == "Fast" else "residual"
+        if self.mode == "blend":
+            return "activation"
+        return "taylor-1" if self.calibration is None else "fitted"
 
     @classmethod
     def from_keywords(cls, **keywords: Any) -> CacheConfig:
@@ -123,6 +173,11 @@ def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
         raise ValueError(
             f"{name}={value!r} is not known; choose one of {', '.join(repr(option) for option in allowed)}"
         )
+
+
+def _count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r}: expected a whole number, 1 or more")
 
 
 def _number(name: str, value: Any, low: float, high: float) -> None:

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from xfuser.model_executor.adapters import dit, flux
+from xfuser.model_executor.adapters import dit, flux, pixart, sd3
 from xfuser.model_executor.adapters.declaration import BoundArguments, ModelDeclaration, Streams
 
-DECLARATIONS = {module.DECLARATION.transformer_class: module.DECLARATION for module in (dit, flux)}
+DECLARATIONS = {module.DECLARATION.transformer_class: module.DECLARATION for module in (dit, flux, pixart, sd3)}
 
 __all__ = ["DECLARATIONS", "BoundArguments", "ModelDeclaration", "Streams", "declaration_of"]
 

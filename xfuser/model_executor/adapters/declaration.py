@@ -30,6 +30,12 @@ class ModelDeclaration:
             and the identity stands in, named as such.
         between_blocks: Arguments of the transformer that add something between blocks (ControlNet). When one is given,
             blocks are remembered one by one, since a residual of the whole stack would count the addition twice.
+        skips_blocks: Arguments of the transformer that leave some of its blocks out (skip-layer guidance). A call with
+            one goes past the cache and is not counted: what is remembered and planned speaks of all blocks.
+        self_attention: Names, within a block, of the attention modules in which image tokens attend to each other; one
+            that a block does not have is passed over.
+        per_token: Arguments of a block that hold one entry a token, text and image, in the order of the attention.
+        text_first: Whether text tokens come before the image's in joint attention.
         timestep_direction: -1 where the timestep that the transformer sees falls during a generation, +1 where it
             rises.
     """
@@ -42,6 +48,10 @@ class ModelDeclaration:
     modulated_input: Callable[[nn.Module, Mapping[str, Any]], torch.Tensor]
     tea_coefficients: tuple[float, ...] | None = None
     between_blocks: tuple[str, ...] = ()
+    skips_blocks: tuple[str, ...] = ()
+    self_attention: tuple[str, ...] = ()
+    per_token: tuple[str, ...] = ()
+    text_first: bool = False
     timestep_direction: int = -1
 
     def blocks(self, transformer: nn.Module) -> list[nn.Module]:
@@ -55,12 +65,19 @@ class ModelDeclaration:
         by_name = dict(zip(self.streams, streams, strict=True))
         return tuple(by_name[name] for name in self.returns)
 
-    def unpack(self, output: Any) -> Streams:
-        """The streams in the declared order, from what a block returned."""
+    def unpack(self, output: Any, inputs: Streams) -> Streams:
+        """The streams in the declared order, from what a block returned and what it was given.
+
+        A stream that comes back as ``None`` (the text, from SD3's last block) counts as unchanged: nobody reads it any
+        more, so whatever `pack` hands on in its place will do.
+        """
         if len(self.streams) == 1:
             return (output[0] if isinstance(output, tuple) else output,)
         by_name = dict(zip(self.returns, output, strict=True))
-        return tuple(by_name[name] for name in self.streams)
+        return tuple(
+            before if by_name[name] is None else by_name[name]
+            for name, before in zip(self.streams, inputs, strict=True)
+        )
 
     def check_return_order(self, hidden_states_first: bool | None) -> None:
         """Refuse a claim about the return order that this family contradicts."""
@@ -85,6 +102,16 @@ class BoundArguments:
             return kwargs[name]
         position = self._positions.get(name, len(args))
         return args[position] if position < len(args) else None
+
+    def replaced(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], new: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The same arguments with other values for some names."""
+        by_position = {self._positions[name]: value for name, value in new.items() if name not in kwargs}
+        return (
+            tuple(by_position.get(index, value) for index, value in enumerate(args)),
+            {name: new.get(name, value) for name, value in kwargs.items()},
+        )
 
     def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """All arguments by name."""

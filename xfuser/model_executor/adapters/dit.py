@@ -25,4 +25,5 @@ DECLARATION = ModelDeclaration(
     returns=("hidden_states",),
     conditioning=("class_labels",),
     modulated_input=modulated_input,
+    self_attention=("attn1",),
 )

@@ -24,4 +24,7 @@ DECLARATION = ModelDeclaration(
     modulated_input=modulated_input,
     tea_coefficients=(498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861),
     between_blocks=("controlnet_block_samples", "controlnet_single_block_samples"),
+    self_attention=("attn",),
+    per_token=("image_rotary_emb",),
+    text_first=True,
 )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from xfuser.config import CacheConfig
+from xfuser.config.cache import FIRST
 from xfuser.model_executor.adapters import declaration_of
 from xfuser.model_executor.cache.attach import is_attached
+from xfuser.model_executor.cache.calibration import Calibration
 from xfuser.model_executor.cache.engine import CacheEngine
 
 
@@ -20,7 +23,7 @@ def apply_cache_on_transformer(transformer: nn.Module, use_cache: str | None = N
 
     Args:
         transformer: ``pipeline.transformer`` of a supported diffusers pipeline.
-        use_cache: The base method: ``None``, ``"Tea"`` or ``"Fb"``.
+        use_cache: The base method: ``None``, ``"Fast"``, ``"Tea"``, ``"Fb"`` or ``"Interval"``.
         **settings: The other fields of `CacheConfig`.
 
     Returns:
@@ -57,7 +60,17 @@ def _attach(transformer: Any, config: CacheConfig, scheduler: Any) -> CacheEngin
         raise ValueError(
             "this scheduler belongs to a pipeline with a cache attached; call remove() on its engine first"
         )
-    engine = CacheEngine(transformer, declaration, config)
+    engine = CacheEngine(transformer, declaration, config, calibration=_calibration(transformer, config, scheduler))
     if scheduler is not None:
         engine.watch_scheduler(scheduler)
     return engine
+
+
+def _calibration(transformer: nn.Module, config: CacheConfig, scheduler: Any) -> Calibration | None:
+    if config.calibration in (None, FIRST):
+        return None
+    calibration = Calibration.load(Path(config.calibration))
+    calibration.check(transformer, declaration_of(transformer).blocks(transformer), scheduler)
+    if config.num_steps is not None:
+        calibration.check_steps(config.num_steps)
+    return calibration

@@ -7,14 +7,45 @@ input h is h + Σ_j c_j r_j. Every approximation is one choice of the weights c,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
-# "activation" is the remembered output itself (the paper's cached branch): it ignores the input.
-ORDERS = {"activation": 0, "residual": 0, "taylor-1": 1, "taylor-2": 2}
+# "activation" is the remembered output itself (the paper's cached branch): it ignores the input. "fitted" takes its
+# weights from a calibration, and these until there is one.
+ORDERS = {"activation": 0, "residual": 0, "linear": 0, "taylor-1": 1, "taylor-2": 2, "fitted": 2}
 
 
 def history_length(approximation: str) -> int:
     """How many evaluated steps an approximation reads."""
     return ORDERS[approximation] + 1
+
+
+class Extrapolation:
+    """Weights of the polynomial through the newest evaluations: those of every block alike.
+
+    Attributes:
+        order: How many evaluations beyond the newest one are read.
+        shared: Whether all blocks have the same weights, so that the stand-ins of neighbours merge into one.
+    """
+
+    shared: ClassVar[bool] = True
+
+    def __init__(self, order: int) -> None:
+        self.order = order
+
+    def pair(self, row: int, step: int, nodes: Sequence[int]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Weights of the remembered residuals without what the correction weight scales, and with all of it."""
+        if not nodes:
+            return (), ()
+        return extrapolation_weights(step, nodes, self.order, 0.0), extrapolation_weights(step, nodes, self.order)
+
+    def weights(self, row: int, step: int, nodes: Sequence[int], correction: float) -> tuple[float, ...]:
+        """Weights of the remembered residuals, newest first; ``row`` is a block, or the run behind the probed ones."""
+        return extrapolation_weights(step, nodes, self.order, correction)
+
+    def expectation(self, row: int, step: int, nodes: Sequence[int]) -> tuple[float, int]:
+        """What the stand-in's error is proportional to, and the order that the history allows (-1 without one)."""
+        order = min(self.order, len(nodes) - 1)
+        return (remainder(step, nodes, order) if nodes else 0.0), order
 
 
 def lagrange_weights(step: float, nodes: Sequence[float]) -> tuple[float, ...]:

@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from xfuser.config import CacheConfig
+from xfuser.core.attention import KeyValueMemory
 from xfuser.core.distributed.statistics import SumExchange
 from xfuser.model_executor.adapters import Streams
 from xfuser.model_executor.cache.adacorrection import build_reviewer
+from xfuser.model_executor.cache.adacorrection.gate import GateReviewer
 from xfuser.model_executor.cache.adacorrection.offset import (
     DRIFT,
     ROW,
@@ -18,15 +20,19 @@ from xfuser.model_executor.cache.adacorrection.offset import (
     OffsetScore,
     drift_sums,
 )
-from xfuser.model_executor.cache.approximation import ORDERS, history_length
+from xfuser.model_executor.cache.approximation import ORDERS, Extrapolation
+from xfuser.model_executor.cache.calibration import Calibration, FittedWeights
+from xfuser.model_executor.cache.linear import LinearMap, LinearMaps
 from xfuser.model_executor.cache.measurement import Sampler, sample_tokens
 from xfuser.model_executor.cache.memory import BranchMemory
 from xfuser.model_executor.cache.plan import StepPlan
 from xfuser.model_executor.cache.policies import Policy
 from xfuser.model_executor.cache.review import Observation, Review, StepContext
+from xfuser.model_executor.cache.standins import StandIn, stand_ins
 from xfuser.model_executor.cache.state import Active, Branch, Pending
 from xfuser.model_executor.cache.statistics import Statistics, StepRecord
 from xfuser.model_executor.cache.steps import Call
+from xfuser.model_executor.cache.tokens import TokenChoice
 
 
 class Deliberation:
@@ -36,18 +42,46 @@ class Deliberation:
     whose error is not the sum of its blocks': errors of neighbouring blocks cancel.
     """
 
-    def __init__(self, config: CacheConfig, policy: Policy, exchange: SumExchange, statistics: Statistics) -> None:
+    def __init__(
+        self,
+        config: CacheConfig,
+        policy: Policy,
+        exchange: SumExchange,
+        statistics: Statistics,
+        calibration: Calibration | None,
+    ) -> None:
         self.run = statistics.blocks
-        self.policy, self.exchange, self.statistics = policy, exchange, statistics
-        self.reviewer = build_reviewer(config)
-        self.order = ORDERS[config.stand_in]
-        self.length = history_length(config.stand_in)
+        self.config, self.policy, self.exchange, self.statistics = config, policy, exchange, statistics
         self._score = OffsetScore(config.adacorr_score, config.adacorr_lambda)
+        self.use(calibration)
+
+    def use(self, calibration: Calibration | None) -> None:
+        """Take over what a calibration knows; without one, nothing is known yet."""
+        self.calibration = self.policy.calibration = calibration
+        if self.config.stand_in == "fitted" and calibration is not None:
+            self.approximation: Extrapolation = FittedWeights(calibration, self.policy.probe_blocks)
+        else:
+            self.approximation = Extrapolation(ORDERS[self.config.stand_in])
+        self.reviewer = build_reviewer(self.config, self.approximation)
 
     def new_branch(self, units: int) -> Branch:
         """Empty memory and fresh states for one branch of a generation."""
-        memory, sampler = BranchMemory(units, self.length), Sampler(self.length, self.order)
-        return Branch(memory, self.policy.new_state(), self.reviewer.new_state(units), sampler)
+        return Branch(
+            BranchMemory(units, self.approximation.order + 1),
+            self.policy.new_state(),
+            self.reviewer.new_state(units),
+            Sampler(self.approximation),
+            KeyValueMemory(),
+            self._new_maps(),
+        )
+
+    def _new_maps(self) -> LinearMaps | None:
+        if self.config.stand_in != "linear":
+            return None
+        if self.calibration is None:
+            return LinearMaps()
+        known = {key: LinearMap(matrix=matrix) for key, matrix in self.calibration.maps.items()}
+        return LinearMaps(calibrated=True, maps=known)
 
     def measure(self, active: Active, row: int, inputs: Streams, outputs: Streams) -> None:
         """Keep a sample of what was just evaluated, for its drift and the error of what would have stood in."""
@@ -68,30 +102,81 @@ class Deliberation:
         state = active.branch.policy_state
         return self.policy.measure(state, block, active.first_arguments, active.first_inputs, probed)
 
-    def decide(self, active: Active, signal: torch.Tensor, probed: Streams | None) -> tuple[StepPlan, Review, bool]:
-        """The step's plan, what the reviewer said, and what the base method had proposed."""
+    @property
+    def layerwise(self) -> bool:
+        """Whether blocks are decided one by one, from the current step's sums."""
+        return self.config.sync == "layer"
+
+    def decide(
+        self, active: Active, signal: torch.Tensor, probed: Streams | None, forced: bool
+    ) -> tuple[StepPlan, Review]:
+        """The step's plan and what the reviewer said; ``forced`` evaluates everything, whatever they say."""
         branch, call = active.branch, active.call
         units, probe_units = len(branch.memory.references), self.policy.probe_blocks
         inputs = (active.first_inputs if probed is None else probed)[0]
         reduced = iter(self.exchange.sum(torch.cat(self._told(branch, signal, inputs))))
         sums, drift, unusable, rows = (_take(reduced, n) for n in (len(signal), DRIFT, 1, None))
         self._learn(branch, rows)
-        proposal = self.policy.propose(branch.policy_state, sums, call)
+        proposals = self.policy.propose_blocks(branch.policy_state, sums, call)
+        active.tokens = self.policy.choose_tokens(branch.policy_state, call) if self.reviewer.obeys else None
         if unusable[0] != 0:
             self.statistics.non_finite += 1
-            branch.memory.clear()
-            branch.sampler.discard()
-            branch.spatial.clear()
+            branch.forget()
+            branch.maps = self._new_maps()
         nodes = tuple(branch.memory.nodes(unit) for unit in range(units))
         offset = self._score(*drift, inputs.shape[-1])
-        context = StepContext(call, proposal, nodes, self.run, probe_units, offset, self._lag(branch, call))
+        context = StepContext(call, proposals, nodes, self.run, probe_units, offset, self._lag(branch, call))
         review = self.reviewer.review(branch.review_state, context)
         plan = review.plan.with_prefix(probe_units)
-        if not all(nodes[probe_units:]):
-            plan = StepPlan.whole(units, True)
+        if forced or not all(nodes[probe_units:]):
+            plan, active.tokens = StepPlan.whole(units, True), None
+        active.layerwise = self.layerwise and not forced and all(nodes)
+        active.proposals, active.record.proposed = proposals, sum(proposals) / len(proposals)
+        proposed = any(share > 0 for share in proposals[probe_units:])
         evaluated = all(plan.evaluate[probe_units:])
-        self.policy.commit(branch.policy_state, proposal if self.reviewer.shadows_base else evaluated)
-        return plan, review, proposal
+        self.policy.commit(branch.policy_state, proposed if self.reviewer.shadows_base else evaluated)
+        return plan, review
+
+    def decide_layer(self, active: Active, unit: int, inputs: torch.Tensor) -> bool:
+        """Whether to evaluate one block, from its current input's sums: an exchange of its own (``sync="layer"``)."""
+        branch = active.branch
+        own = self.policy.layer_sums(branch.policy_state, unit, inputs.device)
+        drift = torch.zeros(DRIFT, device=inputs.device)
+        reference = branch.sampler.last_inputs(unit)
+        if reference is not None:
+            drift = drift_sums(sample_tokens(inputs)[None], reference)
+        reduced = self.exchange.sum(torch.cat([own, drift]))
+        proposal = active.proposals[unit]
+        if self.policy.observes_blocks:
+            proposal = self.policy.propose_block(branch.policy_state, unit, reduced[: len(own)], active.call)
+        if not isinstance(self.reviewer, GateReviewer):
+            return proposal > 0
+        score = self._score(*reduced[len(own) :], inputs.shape[-1])
+        return self.reviewer.review_layer(branch.review_state, score, unit, branch.memory.nodes(unit), proposal)
+
+    def stand_ins(self, active: Active, plan: StepPlan) -> dict[int, StandIn]:
+        """What stands in for the units that the plan does not evaluate."""
+        merge = not self.policy.observes_blocks or self.reviewer.whole_steps
+        merge = merge and active.branch.maps is None and self.config.granularity == "layer"
+        probed, memory = self.policy.probe_blocks, active.branch.memory
+        return stand_ins(plan, active.call.step, memory, self.approximation, self.run, probed, merge)
+
+    def stand_in_of(self, active: Active, unit: int) -> StandIn:
+        """What stands in for one unit, whatever the plan says."""
+        weight = self.reviewer.error_weight(active.branch.review_state, unit)
+        nodes = active.branch.memory.nodes(unit)
+        return StandIn(unit, unit, self.approximation.weights(unit, active.call.step, nodes, weight))
+
+    def asking_tokens(self, active: Active, unit: int, inputs: torch.Tensor) -> TokenChoice | None:
+        """Tokens of an approximated block whose own drift asks for evaluation: γ_l·D_i² ≥ 1."""
+        assert isinstance(self.reviewer, GateReviewer)
+        sensitivity = self.reviewer.token_sensitivity(active.branch.review_state, unit)
+        reference = active.branch.memory.references[unit][0].inputs[0]
+        drift = torch.linalg.vector_norm(inputs - reference, dim=-1, dtype=torch.float32)
+        norm = torch.linalg.vector_norm(reference, dim=-1, dtype=torch.float32).mean()
+        weights = sensitivity * (drift / norm).square()
+        asking = weights >= 1
+        return TokenChoice.wanted(asking, weights) if bool(asking.any()) else None
 
     def tell(self, branch: Branch) -> None:
         """An exchange of its own, for what the last step of a generation measured."""
@@ -103,7 +188,7 @@ class Deliberation:
         reference = branch.sampler.last_inputs(self.run)
         if reference is not None:
             drift = drift_sums(sample_tokens(inputs)[None], reference)
-        unusable = branch.memory.count_unusable(signal.device)
+        unusable = branch.memory.count_unusable(signal.device, branch.keys.tensors())
         return [signal, drift, unusable[None], self._rows(branch, signal.device)]
 
     def _rows(self, branch: Branch, device: torch.device) -> torch.Tensor:
@@ -124,24 +209,34 @@ class Deliberation:
         if pending is None or not numbers:
             return
         observations = []
-        for block, (lag, order) in zip(pending.measured.rows, pending.measured.notes, strict=True):
+        for place, (block, (lag, order)) in enumerate(zip(pending.measured.rows, pending.measured.notes, strict=True)):
             row = OffsetRow(*numbers[block * ROW : (block + 1) * ROW])
             if not row.finite:
                 continue
             if order >= 0:
-                observations.append(Observation(block, row, lag, order, block == self.run))
+                reference = branch.sampler.last_inputs(block)
+                observations.append(
+                    Observation(
+                        block,
+                        row,
+                        lag,
+                        order,
+                        pending.measured.lags[place],
+                        branch.spatial.get(block, row.spatial),
+                        1 if reference is None else reference.shape[-1],
+                        block == self.run,
+                    )
+                )
                 if block != self.run:
-                    self._note(branch, pending.record, block, row)
+                    self._note(branch, pending.record, observations[-1])
             branch.spatial[block] = row.spatial
         self.reviewer.learn(branch.review_state, observations)
 
-    def _note(self, branch: Branch, record: StepRecord, block: int, row: OffsetRow) -> None:
-        sample = branch.sampler.last_inputs(block)
-        channels = 1 if sample is None else sample.shape[-1]
-        reference_spatial = branch.spatial.get(block, row.spatial)
+    def _note(self, branch: Branch, record: StepRecord, seen: Observation) -> None:
+        block, row = seen.block, seen.row
         record.true[block] = row.error(self.reviewer.error_weight(branch.review_state, block))
         record.offsets[block] = self._score(
-            row.tokens, row.drift, row.reference_norm, row.spatial, reference_spatial, channels
+            row.tokens, row.drift, row.reference_norm, row.spatial, seen.reference_spatial, seen.channels
         )
         self.statistics.count_prediction(record.predicted[block], record.true[block])
 

@@ -12,12 +12,14 @@ from xfuser.config import CacheConfig
 from xfuser.core.distributed.statistics import SumExchange
 from xfuser.model_executor.adapters import BoundArguments, ModelDeclaration, Streams
 from xfuser.model_executor.cache.adacorrection.blending import BlendReviewer
-from xfuser.model_executor.cache.approximation import extrapolation_weights
 from xfuser.model_executor.cache.attach import Replacement, drop_empty_registry, has_registry, named_contexts
+from xfuser.model_executor.cache.calibrating import Calibrator
+from xfuser.model_executor.cache.calibration import Calibration, describe_model
 from xfuser.model_executor.cache.deliberation import Deliberation
 from xfuser.model_executor.cache.flops import FlopCount, StepFlops
-from xfuser.model_executor.cache.plan import StepPlan
+from xfuser.model_executor.cache.partial import TokenRunner
 from xfuser.model_executor.cache.policies import build_policy
+from xfuser.model_executor.cache.standins import stand_in_outputs
 from xfuser.model_executor.cache.state import Active, Branch
 from xfuser.model_executor.cache.statistics import Statistics, StepRecord
 from xfuser.model_executor.cache.steps import BranchKey, Call, StepTracker
@@ -36,13 +38,15 @@ class CacheEngine:
         declaration: ModelDeclaration,
         config: CacheConfig,
         exchange: SumExchange | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
         self.transformer, self.declaration, self.config = transformer, declaration, config
         self.blocks = declaration.blocks(transformer)
-        self.policy = build_policy(config, declaration)
+        self.policy = build_policy(config, declaration, len(self.blocks))
         self.exchange = exchange or SumExchange()
         self.statistics = Statistics(len(self.blocks))
-        self.deliberation = Deliberation(config, self.policy, self.exchange, self.statistics)
+        self.deliberation = Deliberation(config, self.policy, self.exchange, self.statistics, calibration)
+        self.calibrator = Calibrator(config, len(self.blocks), calibration, self._describe)
         self.tracker = StepTracker(config.num_steps, declaration.timestep_direction)
         self._branches: dict[BranchKey, Branch] = {}
         self._active: Active | None = None
@@ -51,6 +55,7 @@ class CacheEngine:
         self._flops: dict[tuple[Any, ...], StepFlops] = {}
         self._units: list[tuple[int, int]] = []
         self._replacements: list[Replacement] = []
+        self._scheduler: Any = None
         self._attach()
 
     # -- the public calls ---------------------------------------------------------------------------------------------
@@ -64,7 +69,8 @@ class CacheEngine:
             "adacorrection": config.mode,
             "approximation": config.stand_in,
             "collectives": self.exchange.collectives,
-            "memory_bytes": sum(branch.memory.bytes() for branch in self._branches.values()),
+            "calibrated": self.deliberation.calibration is not None,
+            "memory_bytes": sum(branch.bytes() for branch in self._branches.values()),
             "rules_off": self._rules_off(),
             **self.statistics.summary(),
         }
@@ -74,8 +80,25 @@ class CacheEngine:
             return []
         return [*self.policy.needs_num_steps, *self.deliberation.reviewer.needs_num_steps]
 
+    def record(self) -> None:
+        """From the next generation on, evaluate everything and keep what a calibration is made from."""
+        self.calibrator.record()
+
+    def recorded(self) -> Calibration:
+        """The calibration from all whole generations since `record`.
+
+        Raises:
+            ValueError: There was none.
+        """
+        return self.calibrator.recorded()
+
+    def _describe(self) -> dict[str, Any]:
+        known = describe_model(self.transformer, self.blocks)
+        return known if self._scheduler is None else known | {"scheduler": type(self._scheduler).__name__}
+
     def reset(self) -> None:
         """Forget every remembered activation and every statistic. The next call starts a generation."""
+        self.calibrator.discard()
         self._branches.clear()
         self._active = None
         self.tracker.reset()
@@ -101,6 +124,7 @@ class CacheEngine:
 
     def watch_scheduler(self, scheduler: Any) -> None:
         """Let a scheduler's own calls mark generations and steps."""
+        self._scheduler = scheduler
 
         def wrap_set_timesteps(original: Callable[..., Any]) -> Callable[..., Any]:
             def set_timesteps(*args: Any, **kwargs: Any) -> Any:
@@ -132,6 +156,9 @@ class CacheEngine:
             self._replacements.append(Replacement(self.transformer, "cache_context", wrap))
         for index, block in enumerate(self.blocks):
             self._replacements.append(Replacement(block, "forward", self._block_wrapper(index)))
+        self._tokens = TokenRunner.where_needed(self.config, self.declaration, self.blocks)
+        if self._tokens is not None:
+            self._replacements += self._tokens.attach()
 
     def _note_context(self, name: str | None) -> None:
         self._context = name
@@ -156,13 +183,15 @@ class CacheEngine:
     # -- one call of the transformer ----------------------------------------------------------------------------------
 
     def _run_transformer(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if any(self._root_arguments.read(name, args, kwargs) for name in self.declaration.skips_blocks):
+            return original(*args, **kwargs)
         sample = self._root_arguments.read("hidden_states", args, kwargs)
         timestep = self._root_arguments.read("timestep", args, kwargs)
         conditioning = [self._root_arguments.read(name, args, kwargs) for name in self.declaration.conditioning]
         call = self.tracker.begin(timestep, sample, self._context, conditioning)
+        self._num_steps = call.num_steps
         if call.starts_generation:
             self._start_generation(args, kwargs)
-        self._num_steps = call.num_steps
         active = self._open(call)
         signature = _signature(args, kwargs)
         try:
@@ -190,12 +219,15 @@ class CacheEngine:
     def _start_generation(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._flush()
         self._branches.clear()
+        if self.calibrator.before_generation(self._num_steps):
+            self.deliberation.use(self.calibrator.calibration)
         self.statistics.start_generation()
         added = any(
             self._root_arguments.read(name, args, kwargs) is not None for name in self.declaration.between_blocks
         )
         reviewer = self.deliberation.reviewer
-        self._units = self._cut(one_by_one=added or reviewer.blends or (reviewer.measures and not reviewer.whole_steps))
+        by_block = reviewer.blends or self.policy.observes_blocks or reviewer.measures
+        self._units = self._cut(one_by_one=added or (by_block and not reviewer.whole_steps))
 
     def _cut(self, one_by_one: bool) -> list[tuple[int, int]]:
         """First and last block of every unit: each block, or the probed ones and the whole rest."""
@@ -225,59 +257,108 @@ class CacheEngine:
     def _run_block(
         self, active: Active, index: int, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        arguments = self._block_arguments[index]
+        arguments, recorder = self._block_arguments[index], self.calibrator.recorder
         streams = tuple(arguments.read(name, args, kwargs) for name in self.declaration.streams)
         if index == 0:
             active.first_inputs, active.first_arguments = streams, arguments.named(args, kwargs)
+            if recorder is not None:
+                modulated = self.declaration.modulated_input(self.blocks[0], active.first_arguments)
+                recorder.signal(active.call.branch, modulated)
             if self.policy.probe_blocks == 0:
                 self._decide(active, None)
         if index <= active.skip_until:
             return self.declaration.pack(streams)
+        if self.policy.observes_blocks:
+            self.policy.observe(active.branch.policy_state, index, streams[0], active.call.step)
         unit = self._unit_at.get(index)
         if unit is not None:
+            if active.layerwise:
+                self._decide_layer(active, unit, streams)
             if unit in active.stand_ins:
-                return self.declaration.pack(self._stand_in(active, unit, streams))
+                return self.declaration.pack(self._stand_in(active, unit, streams, original, args, kwargs))
             active.unit_inputs = streams
+            if active.tokens is not None and self._tokens is not None and self._tokens.ready(active, unit):
+                return self.declaration.pack(self._evaluate_some(active, unit, streams, original, args, kwargs))
         output = self._evaluate(active, index, original, args, kwargs)
+        if recorder is not None:
+            recorder.collect(active.call.branch, index, streams, self.declaration.unpack(output, streams))
         if self.deliberation.reviewer.measures:
-            self._measure(active, index, streams, self.declaration.unpack(output))
+            self._measure(active, index, streams, self.declaration.unpack(output, streams))
         unit = self._unit_ending.get(index)
         if unit is not None:
             output = self._finish_unit(active, unit, output)
         if index == 0 and self.policy.probe_blocks == 1:
-            self._decide(active, self.declaration.unpack(output))
+            self._decide(active, self.declaration.unpack(output, streams))
         return output
 
     def _evaluate(
         self, active: Active, index: int, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if active.block_flops is None:
-            return original(*args, **kwargs)
-        before = self._counter.total
-        output = original(*args, **kwargs)
-        active.block_flops[index] = float(self._counter.total - before)
+        before = 0 if active.block_flops is None else self._counter.total
+        if self._tokens is None:
+            output = original(*args, **kwargs)
+        else:
+            output = self._tokens.evaluate_all(active, original, args, kwargs)
+        if active.block_flops is not None:
+            active.block_flops[index] = float(self._counter.total - before)
         return output
 
-    def _stand_in(self, active: Active, unit: int, streams: Streams) -> Streams:
-        last, weights = active.stand_ins[unit]
-        first_block, last_block = self._units[unit][0], self._units[last][1]
-        active.skip_until = last_block
-        for block in range(first_block, last_block + 1):
-            active.record.evaluated[block] = False
-        return active.branch.memory.stand_in(unit, last, streams, weights)
+    def _stand_in(
+        self,
+        active: Active,
+        unit: int,
+        streams: Streams,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Streams:
+        if self._tokens is not None and self.config.granularity == "token" and self._tokens.ready(active, unit):
+            active.tokens = self.deliberation.asking_tokens(active, unit, streams[0])
+            if active.tokens is not None:
+                return self._evaluate_some(active, unit, streams, original, args, kwargs)
+        each = active.stand_ins[unit]
+        first_block, active.skip_until = self._units[unit][0], self._units[each.last][1]
+        for block in range(first_block, active.skip_until + 1):
+            active.record.evaluated[block] = 0.0
+        return stand_in_outputs(each, streams, active.branch.memory, active.branch.maps)
+
+    def _evaluate_some(
+        self,
+        active: Active,
+        unit: int,
+        streams: Streams,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Streams:
+        """The chosen tokens go through the block, the others take what stands in for it."""
+        assert self._tokens is not None
+        memory, block = active.branch.memory, self._units[unit][0]
+        arguments = self._block_arguments[block]
+        fresh, share = self._tokens.evaluate_some(active, block, streams, arguments, original, args, kwargs)
+        each = self.deliberation.stand_in_of(active, unit)
+        standing = stand_in_outputs(each, streams, memory, active.branch.maps)
+        outputs = (active.tokens.put(standing[0], fresh[0]), *fresh[1:])
+        active.record.evaluated[block] = share
+        memory.store(unit, active.call.step, streams, outputs)
+        return outputs
 
     def _finish_unit(self, active: Active, unit: int, output: Any) -> Any:
-        memory, step = active.branch.memory, active.call.step
-        inputs, outputs = active.unit_inputs, self.declaration.unpack(output)
+        branch, step = active.branch, active.call.step
+        memory = branch.memory
+        inputs, outputs = active.unit_inputs, self.declaration.unpack(output, active.unit_inputs)
         if isinstance(self.deliberation.reviewer, BlendReviewer):
             correction = self.deliberation.reviewer.correct(
-                active.branch.review_state, unit, step, inputs, outputs, memory, self.exchange, self.deliberation.order
+                branch.review_state, unit, step, inputs, outputs, memory, self.exchange
             )
             active.record.weights[self._units[unit][0]] = correction.weight
             active.record.offsets[self._units[unit][0]] = correction.score
             outputs = correction.outputs
             output = self.declaration.pack(outputs)
+        older = memory.references[unit][0] if memory.usable(unit) else None
         memory.store(unit, step, inputs, outputs)
+        if branch.maps is not None and older is not None:
+            branch.maps.learn(unit, older, memory.references[unit][0])
         return output
 
     def _measure(self, active: Active, index: int, inputs: Streams, outputs: Streams) -> None:
@@ -294,33 +375,18 @@ class CacheEngine:
         signal = self.deliberation.signal(active, self.blocks[0], probed)
         if active.block_flops is not None:
             active.signal_flops = float(self._counter.total - before)
-        plan, review, active.record.proposed = self.deliberation.decide(active, signal, probed)
-        self._adopt(active, plan, review.predicted)
-
-    def _adopt(self, active: Active, plan: StepPlan, predicted: tuple[float, ...]) -> None:
-        """Turn a plan into stand-ins: neighbours that share nodes and weight become one run."""
-        memory = active.branch.memory
-        unit = 0
-        while unit < len(plan.evaluate):
-            last = unit
-            if not plan.evaluate[unit]:
-                while (
-                    last + 1 < len(plan.evaluate)
-                    and not plan.evaluate[last + 1]
-                    and plan.weights[last + 1] == plan.weights[unit]
-                    and memory.linked(last)
-                ):
-                    last += 1
-                weights = extrapolation_weights(
-                    active.call.step, memory.nodes(unit), self.deliberation.order, plan.weights[unit]
-                )
-                active.stand_ins[unit] = (last, weights)
-            unit = last + 1
+        plan, review = self.deliberation.decide(active, signal, probed, forced=self.calibrator.recorder is not None)
+        if not active.layerwise:
+            active.stand_ins = self.deliberation.stand_ins(active, plan)
         for index, (first, end) in enumerate(self._units):
             for block in range(first, end + 1):
-                active.record.predicted[block] = predicted[block]
+                active.record.predicted[block] = review.predicted[block]
                 if not plan.evaluate[index]:
                     active.record.weights[block] = plan.weights[index]
+
+    def _decide_layer(self, active: Active, unit: int, streams: Streams) -> None:
+        if not self.deliberation.decide_layer(active, unit, streams[0]):
+            active.stand_ins[unit] = self.deliberation.stand_in_of(active, unit)
 
     def _flush(self) -> None:
         """Take in what the last step measured, where no later step will: one process only, since ranks must agree."""

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 
 from xfuser.model_executor.cache.adacorrection.offset import offset_sums
-from xfuser.model_executor.cache.approximation import extrapolation_weights, remainder
+from xfuser.model_executor.cache.approximation import Extrapolation
 
 # Enough tokens to see drift and error, at a small fraction of the blocks' memory traffic.
 TOKENS = 24
@@ -41,11 +41,14 @@ class Evaluation:
 
 @dataclass
 class Measured:
-    """Sums of one step, shape [R, 8], the rows they belong to, and per row the stand-in's remainder and order."""
+    """Sums of one step, shape [R, 8], the rows they belong to, and per row the stand-in's remainder and order, and the
+    steps since the row's last evaluation (0 without one).
+    """
 
     sums: torch.Tensor
     rows: list[int]
     notes: list[tuple[float, int]]
+    lags: list[int]
 
 
 @dataclass
@@ -55,8 +58,7 @@ class Sampler:
     A row is a block, or the run of all blocks behind the probed ones.
     """
 
-    length: int
-    order: int
+    approximation: Extrapolation
     _open: list[tuple[int, torch.Tensor, torch.Tensor]] = field(default_factory=list)
     _waiting: list[tuple[int, torch.Tensor, torch.Tensor]] = field(default_factory=list)
     _history: dict[int, deque[tuple[Evaluation, int]]] = field(default_factory=dict)
@@ -100,20 +102,20 @@ class Sampler:
         inputs, outputs = torch.stack(inputs)[:, None], torch.stack(outputs)[:, None]
         if self._history and self._shape_changed(inputs):
             self._history.clear()
-        parts, notes = [], []
+        parts, notes, lags = [], [], []
         for first, last in self._groups(rows):
             entries = [self._history.get(row, ()) for row in rows[first:last]]
             nodes = tuple(evaluation.step for evaluation, _ in entries[0])
             history = [_gather([entry[age] for entry in entries]) for age in range(len(nodes))]
-            lower = extrapolation_weights(step, nodes, self.order, 0.0) if nodes else ()
-            full = extrapolation_weights(step, nodes, self.order) if nodes else ()
+            pairs = [self.approximation.pair(row, step, nodes) for row in rows[first:last]]
+            lower, full = (inputs.new_tensor(each)[..., None, None, None] for each in zip(*pairs, strict=True))
             parts.append(offset_sums(inputs[first:last], outputs[first:last], history, lower, full))
-            order = min(self.order, len(nodes) - 1)
-            notes += [(remainder(step, nodes, order) if nodes else 0.0, order)] * (last - first)
+            notes += [self.approximation.expectation(row, step, nodes) for row in rows[first:last]]
+            lags += [step - nodes[0] if nodes else 0] * (last - first)
         evaluation = Evaluation(step, inputs, outputs - inputs)
         for index, row in enumerate(rows):
-            self._history.setdefault(row, deque(maxlen=self.length)).appendleft((evaluation, index))
-        return Measured(torch.cat(parts), list(rows), notes)
+            self._history.setdefault(row, deque(maxlen=self.approximation.order + 1)).appendleft((evaluation, index))
+        return Measured(torch.cat(parts), list(rows), notes, lags)
 
     def _sample_waiting(self) -> None:
         for row, inputs, outputs in self._waiting:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -79,13 +79,13 @@ class BranchMemory:
     def activation(self, unit: int) -> Streams:
         return self.references[unit][0].outputs
 
-    def count_unusable(self, device: torch.device) -> torch.Tensor:
-        """How many remembered tensors hold a NaN or an infinity, a scalar on the device.
+    def count_unusable(self, device: torch.device, others: Iterable[torch.Tensor] = ()) -> torch.Tensor:
+        """How many remembered tensors, ``others`` among them, hold a NaN or an infinity, a scalar on the device.
 
         Everything remembered is read again at every step: a stand-in must never bring what a step ago was already
         broken, nor what has been broken since.
         """
-        sums = [tensor.sum(dtype=torch.float32).to(device) for tensor in self._tensors()]
+        sums = [tensor.sum(dtype=torch.float32).to(device) for tensor in (*self._tensors(), *others)]
         if not sums:
             return torch.zeros((), device=device)
         return (~torch.isfinite(torch.stack(sums))).sum().float()

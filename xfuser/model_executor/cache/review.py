@@ -17,7 +17,7 @@ class StepContext:
 
     Attributes:
         call: The step's place in its generation.
-        proposal: Whether the base method wants this step evaluated.
+        proposals: Per block, the share of its tokens that the base method wants evaluated: 0 skips it.
         nodes: Per unit, the steps at which it was evaluated, newest first, as far as they are remembered.
         blocks: Blocks of the transformer; a unit is one of them or a stack that is remembered as a whole.
         probed: Leading units, each a block, that have been evaluated already.
@@ -27,7 +27,7 @@ class StepContext:
     """
 
     call: Call
-    proposal: bool
+    proposals: tuple[float, ...]
     nodes: tuple[tuple[int, ...], ...]
     blocks: int
     probed: int
@@ -38,18 +38,34 @@ class StepContext:
     def units(self) -> int:
         return len(self.nodes)
 
+    @property
+    def proposed_share(self) -> float:
+        """The base method's proposal for the blocks behind the probed ones, as a share of them."""
+        asked = self.proposals[self.probed :]
+        return sum(asked) / len(asked) if asked else 1.0
+
+    def proposed(self, unit: int) -> bool:
+        """Whether the base method wants any of the unit; the last unit may be all blocks behind the probed ones."""
+        if self.units == self.blocks or unit < self.probed:
+            return self.proposals[unit] > 0
+        return any(share > 0 for share in self.proposals[unit:])
+
 
 @dataclass(frozen=True)
 class Observation:
     """What an evaluated step showed of one block, or (``is_run``) of the run of all blocks behind the probed ones.
 
-    ``remainder`` is the lag's part of the stand-in's error, ``order`` the order that its history allowed.
+    ``remainder`` is the lag's part of the stand-in's error, ``order`` the order that its history allowed, ``lag`` the
+    steps since the last evaluation, ``reference_spatial`` the sum of the spatial variation then.
     """
 
     block: int
     row: OffsetRow
     remainder: float
     order: int
+    lag: int = 1
+    reference_spatial: float = math.nan
+    channels: int = 1
     is_run: bool = False
 
 
@@ -65,6 +81,7 @@ class Reviewer:
     """Takes the base method's proposals as they are. AdaCorrection's modes derive from it.
 
     Attributes:
+        obeys: Whether the base method's choice of tokens is obeyed; what corrects it refreshes whole blocks.
         measures: Whether evaluated blocks are measured (offsets, true errors).
         whole_steps: Whether all blocks behind the probed ones are always decided alike, and need not be remembered
             one by one.
@@ -74,6 +91,7 @@ class Reviewer:
             would spend alone.
     """
 
+    obeys: ClassVar[bool] = True
     measures: ClassVar[bool] = False
     whole_steps: ClassVar[bool] = False
     blends: ClassVar[bool] = False
@@ -93,5 +111,5 @@ class Reviewer:
 
     def review(self, state: Any, context: StepContext) -> Review:
         """The plan of a step in which every unit has something that can stand in."""
-        plan = StepPlan.whole(context.units, context.proposal)
-        return Review(plan, (math.nan,) * context.blocks)
+        evaluate = tuple(context.proposed(unit) for unit in range(context.units))
+        return Review(StepPlan(evaluate, (1.0,) * context.units), (math.nan,) * context.blocks)

@@ -6,11 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from xfuser.core.attention import KeyValueMemory
 from xfuser.model_executor.adapters import Streams
+from xfuser.model_executor.cache.linear import LinearMaps
 from xfuser.model_executor.cache.measurement import Measured, Sampler
 from xfuser.model_executor.cache.memory import BranchMemory
+from xfuser.model_executor.cache.standins import StandIn
 from xfuser.model_executor.cache.statistics import StepRecord
 from xfuser.model_executor.cache.steps import Call
+from xfuser.model_executor.cache.tokens import TokenChoice
 
 
 @dataclass
@@ -29,8 +33,21 @@ class Branch:
     policy_state: Any
     review_state: Any
     sampler: Sampler
+    keys: KeyValueMemory
+    maps: LinearMaps | None
     pending: Pending | None = None
     spatial: dict[int, float] = field(default_factory=dict)
+
+    def forget(self) -> None:
+        """Drop every activation: one of them is not finite."""
+        self.memory.clear()
+        self.keys.clear()
+        self.sampler.discard()
+        self.spatial.clear()
+
+    def bytes(self) -> int:
+        """Memory of the activations kept."""
+        return self.memory.bytes() + sum(tensor.numel() * tensor.element_size() for tensor in self.keys.tensors())
 
 
 @dataclass
@@ -44,7 +61,10 @@ class Active:
     first_inputs: Streams = ()
     unit_inputs: Streams = ()
     run_inputs: Streams = ()
-    stand_ins: dict[int, tuple[int, tuple[float, ...]]] = field(default_factory=dict)
+    stand_ins: dict[int, StandIn] = field(default_factory=dict)
+    tokens: TokenChoice | None = None
+    proposals: tuple[float, ...] = ()
+    layerwise: bool = False
     skip_until: int = -1
     block_flops: list[float] | None = None
     signal_flops: float = 0.0

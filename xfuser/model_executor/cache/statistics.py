@@ -12,20 +12,20 @@ from xfuser.model_executor.cache.steps import BranchKey
 
 @dataclass
 class StepRecord:
-    """One branch's step, per block. Numbers that nobody measured are NaN."""
+    """One branch's step, per block. Numbers that nobody measured are NaN; ``evaluated`` is the share of tokens."""
 
     step: int
-    evaluated: list[bool]
+    evaluated: list[float]
     weights: list[float]
     predicted: list[float]
     offsets: list[float]
     true: list[float]
-    proposed: bool = True
+    proposed: float = 1.0
 
     @classmethod
     def empty(cls, step: int, blocks: int) -> StepRecord:
         nothing = [math.nan] * blocks
-        return cls(step, [True] * blocks, list(nothing), list(nothing), list(nothing), list(nothing))
+        return cls(step, [1.0] * blocks, list(nothing), list(nothing), list(nothing), list(nothing))
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Statistics:
         self.flops_skipped = 0.0
         self.flops_added = 0.0
         self.non_finite = 0
-        self.proposed = 0
+        self.proposed = 0.0
         self.within_prediction = 0
         self.predictions = 0
         self.generation = Generation()
@@ -72,7 +72,9 @@ class Statistics:
         self.proposed += record.proposed
         self.evaluated += sum(record.evaluated)
         self.flops += flops.total
-        self.flops_skipped += sum(cost for cost, done in zip(flops.blocks, record.evaluated, strict=True) if not done)
+        self.flops_skipped += sum(
+            cost * (1 - share) for cost, share in zip(flops.blocks, record.evaluated, strict=True)
+        )
         self.flops_added += flops.signal
         self.generation.records.setdefault(branch, []).append(record)
 
@@ -97,8 +99,8 @@ class Statistics:
     def summary(self) -> dict[str, Any]:
         """Everything in plain types, ready for JSON.
 
-        ``plan`` (1: evaluated), ``weights``, ``offsets``, ``predicted_errors`` and ``true_errors`` are the last
-        generation's, by branch, steps by blocks; the rest counts all generations since the last reset.
+        ``plan`` (the share of tokens evaluated), ``weights``, ``offsets``, ``predicted_errors`` and ``true_errors``
+        are the last generation's, by branch, steps by blocks; the rest counts all generations since the last reset.
         """
         last = self.generation
         return {
@@ -127,6 +129,6 @@ def _branch_name(key: BranchKey) -> str:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, bool):
-        return int(value)
-    return value if math.isfinite(value) else None
+    if not math.isfinite(value):
+        return None
+    return int(value) if value in (0, 1) else value

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,17 +34,8 @@ class Generation:
     width: int | None = None
 
 
-def generate_images(
-    loaded: LoadedPipeline, request: Generation, engine: CacheEngine | None, folder: Path
-) -> dict[str, Any]:
-    """Write ``image_00000.png`` … and ``statistics.json`` into the folder.
-
-    Returns:
-        What ``statistics.json`` holds: the request, seconds, paths and the engine's summary.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    paths: list[str] = []
-    seconds = 0.0
+def generate_batches(loaded: LoadedPipeline, request: Generation) -> Iterator[tuple[range, np.ndarray, float]]:
+    """Generate batch by batch, behind a progress bar: indices, pixels [B, H, W, C] and seconds of each."""
     columns = (TextColumn("images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         task = progress.add_task("images", total=request.num_images)
@@ -58,10 +51,30 @@ def generate_images(
                 request.width,
             )
             synchronize(loaded.pipeline.device)
-            seconds += time.perf_counter() - begin
-            for index, image in zip(indices, pixels, strict=True):
-                paths.append(save_image(image, folder / f"image_{index:05d}.png").name)
+            yield indices, pixels, time.perf_counter() - begin
             progress.update(task, completed=indices[-1] + 1)
+
+
+def conditions_hash(conditions: list[Any]) -> str:
+    """SHA-256 of the labels or prompts, in order."""
+    return hashlib.sha256(json.dumps(conditions).encode()).hexdigest()
+
+
+def generate_images(
+    loaded: LoadedPipeline, request: Generation, engine: CacheEngine | None, folder: Path
+) -> dict[str, Any]:
+    """Write ``image_00000.png`` … and ``statistics.json`` into the folder.
+
+    Returns:
+        What ``statistics.json`` holds: the request, seconds, paths and the engine's summary.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths: list[str] = []
+    seconds = 0.0
+    for indices, pixels, spent in generate_batches(loaded, request):
+        seconds += spent
+        for index, image in zip(indices, pixels, strict=True):
+            paths.append(save_image(image, folder / f"image_{index:05d}.png").name)
     document = {
         "model": loaded.name,
         "request": vars(request),

@@ -11,7 +11,7 @@ from xfuser.core.distributed.statistics import SumExchange
 from xfuser.model_executor.adapters import Streams
 from xfuser.model_executor.cache.adacorrection.correction import blend, blend_sums, correction_weight
 from xfuser.model_executor.cache.adacorrection.offset import OffsetScore
-from xfuser.model_executor.cache.approximation import extrapolation_weights
+from xfuser.model_executor.cache.approximation import Extrapolation
 from xfuser.model_executor.cache.memory import BranchMemory
 from xfuser.model_executor.cache.plan import StepPlan
 from xfuser.model_executor.cache.review import Review, Reviewer, StepContext
@@ -33,10 +33,11 @@ class BlendReviewer(Reviewer):
     block can run, so every block has an exchange of its own.
     """
 
+    obeys: ClassVar[bool] = False
     blends: ClassVar[bool] = True
 
-    def __init__(self, config: CacheConfig) -> None:
-        self.config = config
+    def __init__(self, config: CacheConfig, approximation: Extrapolation) -> None:
+        self.config, self.approximation = config, approximation
         self.score = OffsetScore(config.adacorr_score, config.adacorr_lambda)
 
     def new_state(self, units: int) -> list[float]:
@@ -55,7 +56,6 @@ class BlendReviewer(Reviewer):
         fresh: Streams,
         memory: BranchMemory,
         exchange: SumExchange,
-        order: int,
     ) -> Correction:
         """Blend one block's fresh output with what is remembered of it."""
         previous = memory.references[unit][0].inputs[0] if memory.usable(unit) else inputs[0]
@@ -68,5 +68,6 @@ class BlendReviewer(Reviewer):
         if self.config.stand_in == "activation":
             cached = memory.activation(unit)
         else:
-            cached = memory.stand_in(unit, unit, inputs, extrapolation_weights(step, memory.nodes(unit), order))
+            weights = self.approximation.weights(unit, step, memory.nodes(unit), 1.0)
+            cached = memory.stand_in(unit, unit, inputs, weights)
         return Correction(blend(cached, fresh, weight), weight, score)

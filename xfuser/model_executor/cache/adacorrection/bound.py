@@ -9,7 +9,7 @@ from typing import ClassVar
 from xfuser.config import CacheConfig
 from xfuser.model_executor.cache.adacorrection.drift import DriftMonitor
 from xfuser.model_executor.cache.adacorrection.estimate import ErrorEstimate
-from xfuser.model_executor.cache.approximation import ORDERS, remainder
+from xfuser.model_executor.cache.approximation import Extrapolation
 from xfuser.model_executor.cache.plan import StepPlan
 from xfuser.model_executor.cache.review import Observation, Review, Reviewer, StepContext
 
@@ -38,11 +38,12 @@ class BoundReviewer(Reviewer):
     has seen something.
     """
 
+    obeys: ClassVar[bool] = False
     measures: ClassVar[bool] = True
 
-    def __init__(self, config: CacheConfig) -> None:
-        self.config = config
-        self.order = ORDERS[config.stand_in]
+    def __init__(self, config: CacheConfig, approximation: Extrapolation) -> None:
+        self.config, self.approximation = config, approximation
+        self.order = approximation.order
 
     def new_state(self, units: int) -> BoundState:
         return BoundState(ErrorEstimate(self.order))
@@ -63,13 +64,15 @@ class BoundReviewer(Reviewer):
         unusual = state.drift.ratio(context.offset, context.offset_lag)
         predicted = tuple(unusual * self._predict(state, context, unit) for unit in range(context.units))
         state.predicted = predicted
-        allowed = self.config.tolerance * (0.5 if context.proposal else 1.0)
-        evaluate = tuple(not error < allowed for error in predicted)
+        evaluate = tuple(
+            not error < self.config.tolerance * (1 - 0.5 * context.proposals[unit])
+            for unit, error in enumerate(predicted)
+        )
         return Review(StepPlan(evaluate, (state.estimate.weight,) * context.units), predicted)
 
     def _predict(self, state: BoundState, context: StepContext, unit: int) -> float:
         nodes = context.nodes[unit]
         if len(nodes) <= self.order or context.call.step - nodes[0] > LONGEST_LAG:
             return math.nan
-        lag = remainder(context.call.step, nodes, self.order)
-        return self.config.adacorr_gamma * state.estimate.predict(unit, self.order, lag) * math.exp(state.margin)
+        lag, order = self.approximation.expectation(unit, context.call.step, nodes)
+        return self.config.adacorr_gamma * state.estimate.predict(unit, order, lag) * math.exp(state.margin)

@@ -13,7 +13,7 @@ from xfuser.config import CacheConfig
 from xfuser.model_executor.cache.adacorrection.drift import DriftMonitor
 from xfuser.model_executor.cache.adacorrection.estimate import ErrorEstimate
 from xfuser.model_executor.cache.adacorrection.schedule import refresh_rates
-from xfuser.model_executor.cache.approximation import ORDERS, remainder
+from xfuser.model_executor.cache.approximation import Extrapolation
 from xfuser.model_executor.cache.plan import StepPlan
 from xfuser.model_executor.cache.review import Observation, Review, Reviewer, StepContext
 from xfuser.model_executor.cache.steps import Call
@@ -24,15 +24,15 @@ RECENT = 3  # proposals of the base method whose distances tell how often it pro
 
 @dataclass
 class BudgetState:
-    """``spent`` counts block evaluations, ``proposals`` the steps that the base method asked for, ``latest`` holds the
-    last of these. The next whole step is due when ``phase`` reaches 1.
+    """``spent`` counts block evaluations, ``proposals`` the steps that the base method asked for (parts of one as
+    such), ``latest`` holds the last of these and their sizes. The next whole step is due when ``phase`` reaches 1.
     """
 
     estimate: ErrorEstimate
     drift: DriftMonitor = field(default_factory=DriftMonitor)
     spent: float = 0.0
-    proposals: int = 0
-    latest: deque[int] = field(default_factory=lambda: deque(maxlen=RECENT))
+    proposals: float = 0.0
+    latest: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=RECENT))
     phase: float = 0.0
 
 
@@ -46,14 +46,15 @@ class BudgetReviewer(Reviewer):
     the phase reaches 1. What stands in between is corrected with the learned weight (`ErrorEstimate.weight`).
     """
 
+    obeys: ClassVar[bool] = False
     measures: ClassVar[bool] = True
     whole_steps: ClassVar[bool] = True
     shadows_base: ClassVar[bool] = True
     needs_num_steps: ClassVar[tuple[str, ...]] = ("the budget is spent more densely at first", "the last step is whole")
 
-    def __init__(self, config: CacheConfig) -> None:
-        self.config = config
-        self.order = ORDERS[config.stand_in]
+    def __init__(self, config: CacheConfig, approximation: Extrapolation) -> None:
+        self.config, self.approximation = config, approximation
+        self.order = approximation.order
 
     def new_state(self, units: int) -> BudgetState:
         return BudgetState(ErrorEstimate(self.order))
@@ -65,9 +66,10 @@ class BudgetReviewer(Reviewer):
         return state.estimate.weight
 
     def review(self, state: BudgetState, context: StepContext) -> Review:
-        if context.proposal:
-            state.proposals += 1
-            state.latest.append(context.call.step)
+        asked = context.proposed_share
+        if asked > 0:
+            state.proposals += asked
+            state.latest.append((context.call.step, asked))
         evaluate = self._is_due(state, context)
         state.spent += context.blocks if evaluate else context.probed
         predicted = tuple(self._predict(state, context, block) for block in range(context.blocks))
@@ -105,9 +107,10 @@ class BudgetReviewer(Reviewer):
     @staticmethod
     def _expected_proposals(state: BudgetState, call: Call) -> float:
         """The base method's proposals a step, over the whole generation or, where its end is unknown, lately."""
-        since = call.step - state.latest[-1] if state.latest else 0
-        gaps = [later - earlier for earlier, later in pairwise(state.latest)] or [1]
-        lately = 1 / max(fmean(gaps), since + 1)
+        since = call.step - state.latest[-1][0] if state.latest else 0
+        gaps = [later - earlier for (earlier, _), (later, _) in pairwise(state.latest)] or [1]
+        size = fmean(share for _, share in state.latest) if state.latest else 1.0
+        lately = size / max(fmean(gaps), since + 1)
         if call.num_steps is None:
             return lately
         return (state.proposals + lately * (call.num_steps - 1 - call.step)) / call.num_steps
@@ -116,5 +119,5 @@ class BudgetReviewer(Reviewer):
         nodes = context.nodes[min(block, context.probed)]
         if not nodes:
             return math.nan
-        order = min(self.order, len(nodes) - 1)
-        return state.estimate.predict(block, order, remainder(context.call.step, nodes, order))
+        lag, order = self.approximation.expectation(block, context.call.step, nodes)
+        return state.estimate.predict(block, order, lag)

@@ -46,28 +46,25 @@ def offset_sums(
     inputs: torch.Tensor,
     outputs: torch.Tensor,
     history: list[tuple[torch.Tensor, torch.Tensor]],
-    lower: tuple[float, ...],
-    full: tuple[float, ...],
+    lower: torch.Tensor,
+    full: torch.Tensor,
 ) -> torch.Tensor:
     """The sums of several rows' evaluations at one step, shape [R, 8], in the order of `OffsetRow`.
 
     ``inputs`` and ``outputs`` have shape [R, B, P, D]. ``history`` are inputs and residuals of the remembered
-    evaluations, shaped alike, newest first; ``full`` and ``lower`` the weights of the stand-in that they would have
-    given with its highest term and without. With an empty history there is nothing to compare with, and the comparing
-    sums are zero.
+    evaluations, shaped alike, newest first; ``full`` and ``lower`` the weights, of shape [R, nodes, 1, 1, 1], of the
+    stand-in that they would have given with what the correction weight scales and without. With an empty history there
+    is nothing to compare with, and the comparing sums are zero.
     """
     rows, batch, count, _ = inputs.shape
     tokens = inputs.new_full((rows,), float(batch * count))
     zero = torch.zeros_like(tokens)
     drift, norm, missed_square, cross, highest_square = (zero,) * 5
     if history:
-        newest, residuals = history[0]
-        missed = torch.sub(outputs - inputs, residuals, alpha=lower[0])
-        highest = residuals * (full[0] - lower[0])
-        for low, high, (_, residuals) in zip(lower[1:], full[1:], history[1:], strict=True):
-            if low != 0:
-                missed.sub_(residuals, alpha=low)
-            highest.add_(residuals, alpha=high - low)
+        newest, _ = history[0]
+        remembered = torch.stack([residuals for _, residuals in history[: lower.shape[1]]], dim=1)
+        missed = outputs - inputs - (remembered * lower).sum(1)
+        highest = (remembered * (full - lower)).sum(1)
         drift, norm = temporal_sum(inputs, newest), norm_sum(newest)
         missed_square, highest_square = _square(missed), _square(highest)
         cross = (missed * highest).flatten(1).sum(1)

@@ -11,7 +11,9 @@ from torch import nn
 
 from xfuser.config import CacheConfig
 from xfuser.model_executor.adapters import ModelDeclaration, Streams
+from xfuser.model_executor.cache.calibration import Calibration
 from xfuser.model_executor.cache.steps import Call
+from xfuser.model_executor.cache.tokens import TokenChoice
 
 
 class Policy:
@@ -19,17 +21,19 @@ class Policy:
 
     Attributes:
         probe_blocks: Leading blocks that are evaluated before the proposal is made.
-        signal_size: Length of the vector that `measure` returns.
+        observes_blocks: Whether it wants to see every block's input, evaluated or not, and decides block by block.
         needs_num_steps: Rules that are off while nobody knows how many steps a generation has.
     """
 
     probe_blocks: ClassVar[int] = 0
-    signal_size: ClassVar[int] = 2
+    observes_blocks: ClassVar[bool] = False
     needs_num_steps: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, config: CacheConfig, declaration: ModelDeclaration) -> None:
-        self.config = config
-        self.declaration = declaration
+    def __init__(
+        self, config: CacheConfig, declaration: ModelDeclaration, blocks: int, calibration: Calibration | None = None
+    ) -> None:
+        self.config, self.declaration, self.blocks = config, declaration, blocks
+        self.calibration = calibration
 
     def new_state(self) -> Any:
         """Fresh state of one branch of one generation."""
@@ -38,7 +42,7 @@ class Policy:
     def measure(
         self, state: Any, block: nn.Module, arguments: Mapping[str, Any], inputs: Streams, outputs: Streams | None
     ) -> torch.Tensor:
-        """The signal's local sums, shape [signal_size].
+        """The signal's local sums, one-dimensional, as many at every step.
 
         ``block``, ``arguments`` and ``inputs`` are the first block's; ``outputs`` its outputs where the method probes
         it, else ``None``.
@@ -48,6 +52,25 @@ class Policy:
     def propose(self, state: Any, sums: list[float], call: Call) -> bool:
         """Whether to evaluate this step, from the sums over all ranks."""
         raise NotImplementedError
+
+    def propose_blocks(self, state: Any, sums: list[float], call: Call) -> tuple[float, ...]:
+        """Per block, the share of its tokens to evaluate in this step; 0 skips the block."""
+        return (float(self.propose(state, sums, call)),) * self.blocks
+
+    def observe(self, state: Any, block: int, inputs: torch.Tensor, step: int) -> None:
+        """A block's input [B, P, D], where the method observes blocks."""
+
+    def layer_sums(self, state: Any, block: int, device: torch.device) -> torch.Tensor:
+        """Sums of one block's input at this step, for ``sync="layer"``."""
+        return torch.zeros(0, device=device)
+
+    def propose_block(self, state: Any, block: int, sums: list[float], call: Call) -> float:
+        """The share of tokens to evaluate in one block, from `layer_sums` over all ranks."""
+        raise NotImplementedError
+
+    def choose_tokens(self, state: Any, call: Call) -> TokenChoice | None:
+        """Which tokens evaluated blocks see in this step; ``None`` for all."""
+        return None
 
     def commit(self, state: Any, evaluated: bool) -> None:
         """What was decided in the end, by whomever."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,8 +15,6 @@ from xfuser.model_executor.cache.steps import Call
 
 class FullPolicy(Policy):
     """Proposes to evaluate everything."""
-
-    signal_size: ClassVar[int] = 0
 
     def measure(
         self, state: Any, block: nn.Module, arguments: Mapping[str, Any], inputs: Streams, outputs: Streams | None

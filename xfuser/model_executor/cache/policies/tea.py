@@ -26,8 +26,8 @@ class TeaPolicy(Policy):
     """Evaluates when Σ poly(rel-L1 of the first block's modulated input against the step before) ≥ rel_l1_thresh.
 
     The first and the last step always compute. A negative value of the polynomial counts as 0, so that a threshold of 0
-    never hits. The polynomial is the family's published one (TeaCache, section 3.3),
-    or the identity where none is published.
+    never hits. The polynomial is the calibration's, else the family's published one (TeaCache, section 3.3), or the
+    identity where none is published.
     """
 
     needs_num_steps: ClassVar[tuple[str, ...]] = ("TeaCache computes the last step",)
@@ -37,6 +37,8 @@ class TeaPolicy(Policy):
 
     @property
     def coefficients(self) -> tuple[float, ...]:
+        if self.calibration is not None:
+            return self.calibration.tea
         return self.declaration.tea_coefficients or IDENTITY
 
     def measure(

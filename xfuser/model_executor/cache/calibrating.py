@@ -1,0 +1,70 @@
+"""When an engine learns a calibration, from which generations, and whether one that it has fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from xfuser.config import CacheConfig
+from xfuser.config.cache import FIRST
+from xfuser.model_executor.cache.calibration import Calibration
+from xfuser.model_executor.cache.recorder import Recorder
+
+
+class Calibrator:
+    """Records on demand (`record`), or the first generation of a job where the settings say ``"first"``.
+
+    Attributes:
+        recorder: Watches the generation that runs, all of whose blocks are evaluated; ``None`` where nothing is
+            recorded.
+        calibration: What is known, from a file or from recording.
+    """
+
+    def __init__(
+        self,
+        config: CacheConfig,
+        blocks: int,
+        calibration: Calibration | None,
+        describe: Callable[[], dict[str, Any]],
+    ) -> None:
+        self.recorder: Recorder | None = None
+        self.calibration = calibration
+        self._first = config.calibration == FIRST
+        self._blocks = blocks
+        self._describe = describe
+        self._records_all = False
+
+    def record(self) -> None:
+        """From the next generation on, record all."""
+        self._records_all = True
+
+    def recorded(self) -> Calibration:
+        """The calibration from all whole generations since `record` (ValueError without one)."""
+        if self.recorder is None:
+            raise ValueError("no generation was recorded; call record() and generate at least one image")
+        self.recorder.finish_generation()
+        return self.recorder.calibration(self._describe() | {"num_steps": self.recorder.expected_steps})
+
+    def before_generation(self, num_steps: int | None) -> bool:
+        """Take in the generation before, and prepare for one of so many steps; whether the calibration is new.
+
+        Raises:
+            ValueError: The calibration is for another number of steps, or there is none and the number is unknown.
+        """
+        learned = False
+        if self.recorder is not None and self.recorder.finish_generation() and self._first:
+            self.calibration, self.recorder = self.recorded(), None
+            learned = True
+        if self._records_all or (self._first and (self.calibration is None or self.calibration.steps != num_steps)):
+            if num_steps is None:
+                raise ValueError("calibration: the number of steps is unknown; set num_steps")
+            if self.recorder is None or self.recorder.expected_steps != num_steps:
+                self.recorder = Recorder(self._blocks, num_steps)
+        elif self.calibration is not None:
+            self.calibration.check_steps(num_steps)
+        return learned
+
+    def discard(self) -> None:
+        """Forget the generation that runs."""
+        if self.recorder is not None:
+            self.recorder.discard()

@@ -1,0 +1,204 @@
+"""What a model was found to do over a few generations: one safetensors file, and JSON that says where it is from."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from xfuser.model_executor.cache.approximation import ORDERS, Extrapolation
+
+SCHEMA = 1
+RUNS = 2  # rows behind the blocks' own: the run of all blocks, and of all but the first
+RIDGE = 1e-6  # of the mean squared residual; keeps nearly parallel residuals from taking huge opposite weights
+SMALLEST_ERROR = 1e-6
+WEIGHTS_TOLERANCE = 0.02  # precision moves a block's RMS weight far less, training far more
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """What `Recorder` kept of some generations of one model, scheduler and number of steps.
+
+    Attributes:
+        gram: Σ r_t·r_u of the residuals, shape [blocks + 2, steps, steps], float64; the last two rows are the runs of
+            all blocks and of all but the first.
+        output_square: Σ‖output‖², shape [blocks + 2, steps].
+        noise: Per block, the mean squared relative change of its input from step to step.
+        tea: TeaCache's polynomial, highest degree first.
+        maps: Per block and stream, the linear map of `linear.LinearMap`.
+        provenance: Model, scheduler, steps, conditions' hash: what `check` compares.
+    """
+
+    gram: torch.Tensor
+    output_square: torch.Tensor
+    noise: tuple[float, ...]
+    tea: tuple[float, ...]
+    maps: dict[tuple[int, int], torch.Tensor]
+    provenance: dict[str, Any]
+
+    @property
+    def steps(self) -> int:
+        return self.gram.shape[1]
+
+    @property
+    def blocks(self) -> int:
+        return self.gram.shape[0] - RUNS
+
+    def weights(self, row: int, step: int, nodes: tuple[int, ...]) -> tuple[tuple[float, ...], float]:
+        """The weights c of least Σ‖r_step − Σ_j c_j r_j‖², and the relative error that they leave."""
+        gram, nodes_list = self.gram[row], list(nodes)
+        inner = gram[nodes_list][:, nodes_list]
+        ridge = RIDGE * float(inner.diagonal().mean())
+        target = gram[nodes_list, step]
+        best = torch.linalg.solve(inner + ridge * torch.eye(len(nodes), dtype=inner.dtype), target)
+        left = float(gram[step, step] - 2 * best @ target + best @ inner @ best)
+        error = math.sqrt(max(left, 0.0) / float(self.output_square[row, step]))
+        return tuple(best.tolist()), max(error, SMALLEST_ERROR)
+
+    def check(self, transformer: nn.Module, blocks: Sequence[nn.Module], scheduler: Any) -> None:
+        """Refuse a model or scheduler that this was not made with.
+
+        Raises:
+            ValueError: One does not fit; the line says which.
+        """
+        ours = {**describe_model(transformer, blocks), **({"scheduler": type(scheduler).__name__} if scheduler else {})}
+        for name, value in ours.items():
+            made_with = self.provenance.get(name)
+            if name == "weights":
+                fits = len(made_with) == len(value) and all(
+                    math.isclose(a, b, rel_tol=WEIGHTS_TOLERANCE) for a, b in zip(made_with, value, strict=True)
+                )
+                if not fits:
+                    raise ValueError(
+                        "calibration: it was made with other weights of this model; run `xdit calibrate` again"
+                    )
+            elif made_with != value:
+                raise ValueError(
+                    f"calibration: it was made with {name} {made_with!r}, this is {value!r}; run `xdit calibrate` again"
+                )
+
+    def check_steps(self, num_steps: int | None) -> None:
+        """Refuse another number of steps (ValueError)."""
+        if num_steps != self.steps:
+            given = "an unknown number of" if num_steps is None else str(num_steps)
+            raise ValueError(
+                f"calibration: it was made with {self.steps} steps, this generation has {given}; set num_steps or run "
+                f"`xdit calibrate --num_inference_steps {num_steps or 'N'}`"
+            )
+
+    def save(self, path: Path) -> None:
+        """Write PATH (safetensors) and PATH with .json, under temporary names until they are whole."""
+        tensors = {
+            "gram": self.gram,
+            "output_square": self.output_square,
+            "noise": torch.tensor(self.noise, dtype=torch.float64),
+            "tea": torch.tensor(self.tea, dtype=torch.float64),
+        }
+        for (block, stream), matrix in self.maps.items():
+            tensors[f"maps.{block}.{stream}"] = matrix.half().contiguous()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.partial")
+        save_file(tensors, temporary)
+        describing = path.with_suffix(".json")
+        described = describing.with_name(f".{describing.name}.partial")
+        described.write_text(json.dumps({"schema": SCHEMA, **self.provenance}, indent=2) + "\n")
+        os.replace(described, describing)
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Calibration:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: It is missing, unreadable, or of another schema.
+        """
+        try:
+            tensors = load_file(path)
+            provenance = json.loads(path.with_suffix(".json").read_text())
+            if provenance.pop("schema") != SCHEMA:
+                raise ValueError("another schema")
+            maps = {}
+            for name, value in tensors.items():
+                if name.startswith("maps."):
+                    block, stream = name.split(".")[1:]
+                    maps[int(block), int(stream)] = value.float()
+            return cls(
+                tensors["gram"],
+                tensors["output_square"],
+                tuple(tensors["noise"].tolist()),
+                tuple(tensors["tea"].tolist()),
+                maps,
+                provenance,
+            )
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"calibration={str(path)!r} cannot be read ({reason}); run `xdit calibrate`") from error
+
+
+def describe_model(transformer: nn.Module, blocks: Sequence[nn.Module]) -> dict[str, Any]:
+    """What tells one model from another: class, blocks, and the RMS of each block's first weight matrix."""
+    matrices = [next(p for p in block.parameters() if p.dim() == 2) for block in blocks]
+    return {
+        "transformer": next(
+            each.__name__ for each in type(transformer).__mro__ if each.__module__.startswith("diffusers")
+        ),
+        "blocks": len(blocks),
+        "weights": [float(matrix.detach().float().square().mean().sqrt()) for matrix in matrices],
+    }
+
+
+class FittedWeights(Extrapolation):
+    """Least-squares weights on the remembered residuals (`Calibration.weights`), block by block or for the run.
+
+    Args:
+        probed: Leading blocks that are always evaluated; the run is of those behind them.
+    """
+
+    shared = False
+
+    def __init__(self, calibration: Calibration, probed: int) -> None:
+        super().__init__(ORDERS["fitted"])
+        self.calibration = calibration
+        self._run = calibration.blocks + probed
+        self._solve = lru_cache(maxsize=None)(calibration.weights)
+
+    def _fitted(self, row: int, step: int, nodes: Sequence[int]) -> tuple[tuple[float, ...], float]:
+        row = self._run if row == self.calibration.blocks else row
+        return self._solve(row, step, tuple(nodes[: self.order + 1]))
+
+    def pair(self, row: int, step: int, nodes: Sequence[int]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        if not nodes:
+            return (), ()
+        full, _ = self._fitted(row, step, nodes)
+        return (1.0,) + (0.0,) * (len(full) - 1), full
+
+    def weights(self, row: int, step: int, nodes: Sequence[int], correction: float) -> tuple[float, ...]:
+        lower, full = self.pair(row, step, nodes)
+        return tuple(b + correction * (a - b) for a, b in zip(full, lower, strict=True))
+
+    def expectation(self, row: int, step: int, nodes: Sequence[int]) -> tuple[float, int]:
+        if not nodes:
+            return 0.0, -1
+        return self._fitted(row, step, nodes)[1], min(self.order, len(nodes) - 1)
+
+
+def fit_polynomial(changes: Sequence[tuple[float, float]], degree: int = 4) -> tuple[float, ...]:
+    """TeaCache's rescaling (arXiv 2411.19108, section 3.3): from the signal's change to the output's."""
+    points = np.array([point for point in changes if all(math.isfinite(value) for value in point)])
+    if len(points) < 2:
+        return (1.0, 0.0)
+    scale = float(points[:, 0].max()) or 1.0
+    fitted = np.polyfit(points[:, 0] / scale, points[:, 1], min(degree, max(1, len(points) // 4)))
+    powers = np.arange(len(fitted))[::-1]
+    return tuple(float(value) for value in fitted / scale**powers)

@@ -1,0 +1,99 @@
+"""Runs blocks on some of their tokens, which attend to what is remembered of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from xfuser.config import CacheConfig
+from xfuser.core.attention import RememberedAttention
+from xfuser.model_executor.adapters import BoundArguments, ModelDeclaration, Streams
+from xfuser.model_executor.cache.attach import Replacement
+from xfuser.model_executor.cache.state import Active
+
+
+class TokenRunner:
+    """Keeps the keys and values of every whole evaluation, so that later ones may be of some tokens only."""
+
+    def __init__(self, declaration: ModelDeclaration, blocks: Sequence[nn.Module]) -> None:
+        self.declaration = declaration
+        self.attention = RememberedAttention()
+        self._modules: list[tuple[str, nn.Module]] = []
+        self._numbers: list[range] = []
+        for index, block in enumerate(blocks):
+            found = [(f"block {index}'s {name}", getattr(block, name, None)) for name in declaration.self_attention]
+            found = [(name, module) for name, module in found if module is not None]
+            if not found:
+                expected = " or ".join(declaration.self_attention)
+                raise TypeError(f"block {index} has no attention module {expected}; token reduction needs one")
+            self._numbers.append(range(len(self._modules), len(self._modules) + len(found)))
+            self._modules += found
+
+    @classmethod
+    def where_needed(
+        cls, config: CacheConfig, declaration: ModelDeclaration, blocks: Sequence[nn.Module]
+    ) -> TokenRunner | None:
+        """A runner where the settings may evaluate some tokens only."""
+        moving = bool(config.motion_threshold) and config.mode is None
+        return cls(declaration, blocks) if moving or config.granularity == "token" else None
+
+    def attach(self) -> list[Replacement]:
+        return [
+            Replacement(module, "forward", self.attention.wrap(number, name))
+            for number, (name, module) in enumerate(self._modules)
+        ]
+
+    def ready(self, active: Active, unit: int) -> bool:
+        """Whether a block (units are blocks here) was evaluated on all tokens before."""
+        return active.branch.memory.usable(unit) and active.branch.keys.holds(self._numbers[unit])
+
+    def evaluate_all(
+        self, active: Active, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        with self.attention.block(active.branch.keys, None, self.declaration.text_first):
+            return original(*args, **kwargs)
+
+    def evaluate_some(
+        self,
+        active: Active,
+        block: int,
+        streams: Streams,
+        arguments: BoundArguments,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[Streams, float]:
+        """The outputs of the chosen image tokens and of all text, and the share of all tokens that this is."""
+        tokens = active.tokens
+        assert tokens is not None
+        text = sum(stream.shape[1] for stream in streams[1:])
+        new: dict[str, Any] = {}
+        if self.declaration.per_token:
+            active.tokens = tokens = tokens.shared()
+            rows = self._rows(tokens.places[0], text, tokens.tokens)
+            for name in self.declaration.per_token:
+                new[name] = _rows_of(arguments.read(name, args, kwargs), rows)
+        share = (tokens.places.shape[1] + text) / (tokens.tokens + text)
+        if tokens.places.shape[1] == 0 and text == 0:
+            return (streams[0][:, :0],), 0.0
+        chosen = (tokens.take(streams[0]), *streams[1:])
+        new |= dict(zip(self.declaration.streams, chosen, strict=True))
+        args, kwargs = arguments.replaced(args, kwargs, new)
+        with self.attention.block(active.branch.keys, tokens.places, self.declaration.text_first):
+            output = original(*args, **kwargs)
+        return self.declaration.unpack(output, chosen), share
+
+    def _rows(self, places: torch.Tensor, text: int, image: int) -> torch.Tensor:
+        """Places of text and chosen image tokens in the order of joint attention."""
+        if self.declaration.text_first:
+            return torch.cat([torch.arange(text, device=places.device), places + text])
+        return torch.cat([places, torch.arange(image, image + text, device=places.device)])
+
+
+def _rows_of(value: Any, rows: torch.Tensor) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_rows_of(each, rows) for each in value)
+    return value if value is None else value[rows]

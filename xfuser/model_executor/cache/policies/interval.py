@@ -1,0 +1,30 @@
+"""Every N-th step: no signal at all, the schedule of FORA and TaylorSeer (arXiv 2503.06923)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from xfuser.model_executor.adapters import Streams
+from xfuser.model_executor.cache.policies.base import Policy
+from xfuser.model_executor.cache.steps import Call
+
+WARMUP_STEPS = 3
+
+
+class IntervalPolicy(Policy):
+    """Evaluates the first WARMUP_STEPS steps, then every ``interval``-th one, and the last."""
+
+    needs_num_steps: ClassVar[tuple[str, ...]] = ("the last step is whole",)
+
+    def measure(
+        self, state: Any, block: nn.Module, arguments: Mapping[str, Any], inputs: Streams, outputs: Streams | None
+    ) -> torch.Tensor:
+        return torch.zeros(0, device=inputs[0].device)
+
+    def propose(self, state: Any, sums: list[float], call: Call) -> bool:
+        since = call.step - (WARMUP_STEPS - 1)
+        return since < 0 or call.is_last or since % self.config.interval == 0
