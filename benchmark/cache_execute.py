@@ -1,6 +1,8 @@
 """Compare cache methods on one model: quality, speed and hit rate, measured side by side in one run.
 
     python benchmark/cache_execute.py --cache_methods None Tea Tea+AdaCorrection
+    python benchmark/cache_execute.py --cache_methods Tea+AdaCorrection --adacorr_mode gate --match_compute
+    python benchmark/cache_execute.py --sweep
 
 Writes cache_execute_results.json, the images, comparison_sheet.png and report.html into --output_dir.
 """
@@ -21,19 +23,29 @@ from xfuser.core.console import check_output_folder, quiet_libraries  # noqa: E4
 
 quiet_libraries()
 
+from benchmark.common import (  # noqa: E402
+    add_evaluation_arguments,
+    announce,
+    bases_of,
+    evaluation_folder,
+    sampling_of,
+)
 from benchmark.judge import Judge  # noqa: E402
-from benchmark.measure import DEFAULT_PROMPTS, Run, Sampling, conditions_of, measure  # noqa: E402
-from benchmark.rows import SUFFIX, build_rows  # noqa: E402
+from benchmark.measure import Run, measure  # noqa: E402
+from benchmark.rows import SUFFIX, Correction, Row, build_rows, wanted_methods  # noqa: E402
+from benchmark.sweep import INTERVALS, POINTS, RANGE, Sweep, build_sweep, left_out  # noqa: E402
 from xfuser.config.arguments import (  # noqa: E402
+    add_base_arguments,
     add_correction_arguments,
     add_model_arguments,
     add_sampling_arguments,
     correction_settings,
+    positive,
 )
 from xfuser.core.distributed.environment import choose_device, describe_environment  # noqa: E402
-from xfuser.model_executor.pipelines import MODEL_TYPES, LoadedPipeline, load_pipeline  # noqa: E402
+from xfuser.model_executor.pipelines import MODEL_TYPES, load_pipeline  # noqa: E402
 from xfuser.model_executor.pipelines.generate import save_image, write_json  # noqa: E402
-from xfuser.report import comparison_sheet, results_table, write_report  # noqa: E402
+from xfuser.report import comparison_sheet, frontier_table, results_table, write_report  # noqa: E402
 
 RESULTS = "cache_execute_results.json"
 SHEET_COLUMNS = 12
@@ -50,45 +62,40 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         default=["All"],
         metavar="METHOD",
-        help="None, a base method (Tea, Fb), X+AdaCorrection, or All (default: All)",
+        help="None, a base method (Fast, Tea, Fb, Interval), X+AdaCorrection, or All: all with a threshold "
+        "(default: All)",
     )
     group.add_argument(
         "--cache_ratio_threshold",
         type=float,
         help="rel_l1_thresh of every base method (default: the model type's own, by method)",
     )
-    group.add_argument("--prompt", nargs="+", default=list(DEFAULT_PROMPTS), help="prompts, taken in turn")
     group.add_argument(
-        "--evaluation",
-        type=Path,
-        help="folder with classifier.safetensors and reference.safetensors (default: the model's own "
-        "evaluation folder, else the shipped one for tiny-dit)",
+        "--match_compute",
+        action="store_true",
+        help="search each corrected row's tolerance or budget until it saves as many FLOPs as its base method",
     )
-    group.add_argument("--output_dir", type=Path, default=Path("cache_execute_results"), help="default: %(default)s")
+    group.add_argument(
+        "--sweep",
+        type=positive,
+        nargs="?",
+        const=POINTS,
+        metavar="N",
+        help=f"each method at N thresholds (default: {POINTS}), spaced geometrically from {RANGE[0]:g} to {RANGE[1]:g} "
+        f"times its own; Interval at {', '.join(map(str, INTERVALS))}",
+    )
+    add_evaluation_arguments(group, "cache_execute_results")
+    add_base_arguments(result)
     add_correction_arguments(result)
     return result
 
 
-def evaluation_folder(loaded: LoadedPipeline, args: argparse.Namespace) -> Path | None:
-    """Where the feature network and the reference statistics are; ``None`` where none fits the model."""
-    candidates = [args.evaluation] if args.evaluation else []
-    if args.model and not args.evaluation:
-        candidates.append(Path(args.model) / "evaluation")
-    for folder in candidates:
-        if (folder / "classifier.safetensors").is_file() and (folder / "reference.safetensors").is_file():
-            return folder
-    if args.evaluation:
-        raise ValueError(f"--evaluation: {args.evaluation} has no classifier.safetensors and reference.safetensors")
-    if not loaded.spec.evaluated:
-        return None
-    default = loaded.spec.default
-    return Path(default()) / "evaluation" if callable(default) else None
-
-
 def write_images(runs: list[Run], folder: Path) -> dict[str, list[str]]:
-    """Every image as a PNG, by method; paths are relative to the results file."""
+    """Every image that was kept as a PNG, by method; paths are relative to the results file."""
     paths: dict[str, list[str]] = {}
     for run in runs:
+        if not run.row.kept:
+            continue
         name = "".join(letter if letter.isalnum() or letter in "-+" else "_" for letter in run.row.method).strip("_")
         (folder / "images" / name).mkdir(parents=True, exist_ok=True)
         paths[run.row.method] = []
@@ -103,7 +110,7 @@ def traces_of(runs: list[Run]) -> dict[str, dict[str, Any]]:
     """Decisions and errors of each corrected row's last batch, for the heat maps."""
     traces = {}
     for run in runs:
-        if run.row.config.mode is None:
+        if run.row.config.mode is None or not run.row.kept:
             continue
         summary = run.summary
         names = {"evaluated": "plan", "predicted": "predicted_errors", "true": "true_errors", "weights": "weights"}
@@ -112,51 +119,65 @@ def traces_of(runs: list[Run]) -> dict[str, dict[str, Any]]:
     return traces
 
 
+def rows_to_run(args: argparse.Namespace) -> tuple[list[Row], Sweep | None]:
+    """The rows that a command line asks for.
+
+    Raises:
+        ValueError: Its settings are unknown or contradict each other.
+    """
+    bases = bases_of(args, args.cache_ratio_threshold)
+    corrects = args.enable_adacorrection or any(name == "All" or SUFFIX in name for name in args.cache_methods)
+    if args.match_compute and not corrects:
+        raise ValueError("--match_compute matches corrected rows; name X+AdaCorrection, or --enable_adacorrection")
+    correction = Correction(correction_settings(args, corrects), args.approximation, args.match_compute)
+    wanted = wanted_methods(args.cache_methods, bases, args.enable_adacorrection)
+    if args.sweep is None:
+        return build_rows(wanted, bases, correction), None
+    if args.interval is not None:
+        raise ValueError(f"--interval: --sweep takes {', '.join(map(str, INTERVALS))} in turn; leave one of them out")
+    sweep = build_sweep(wanted, bases, correction, args.sweep)
+    return sweep.rows, sweep
+
+
 def execute(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Run the comparison and write its files; returns the document."""
     device = choose_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     check_output_folder(args.output_dir)
-    spec = MODEL_TYPES[args.model_type]
-    thresholds = dict(spec.thresholds)
-    if args.cache_ratio_threshold is not None:
-        thresholds = dict.fromkeys(thresholds, args.cache_ratio_threshold)
-    corrects = args.enable_adacorrection or any(name == "All" or SUFFIX in name for name in args.cache_methods)
-    correction = correction_settings(args, corrects)
-    rows = build_rows(args.cache_methods, thresholds, args.enable_adacorrection, correction, args.approximation)
+    rows, sweep = rows_to_run(args)
     loaded = load_pipeline(args.model_type, args.model, device)
-    folder = evaluation_folder(loaded, args)
-    sampling = Sampling(
-        args.num_images,
-        args.batch_size,
-        args.num_inference_steps,
-        spec.guidance_scale if args.guidance_scale is None else args.guidance_scale,
-        args.seed,
-        tuple(args.prompt),
-        args.height,
-        args.width,
-    )
-    console.print(f"{loaded.name}: {len(rows)} methods, {args.num_images} images each, on {device}")
-    if loaded.name.startswith("toy-"):
-        console.print("This is a toy with random weights: it shows decisions and speed, not quality. See --model.")
+    judge, sampling = Judge(loaded, evaluation_folder(loaded, args)), sampling_of(args)
+    console.print(announce(loaded, len(rows), args))
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    runs = measure(loaded, rows, sampling)
-    paths = write_images(runs, args.output_dir)
-    judge = Judge(loaded, conditions_of(loaded, sampling, 0, args.num_images), folder)
+    everything = measure(loaded, rows, sampling, judge.see, lenient=sweep is not None)
+    runs = [run for run in everything if run.left_out is None]
+    results = judge.results(runs, write_images(runs, args.output_dir))
     document = {
         "schema": 1,
         "environment": describe_environment(device),
         "model": {"name": loaded.name, "type": args.model_type, "dtype": str(loaded.dtype).removeprefix("torch.")},
         "settings": vars(sampling) | {"prompts": list(sampling.prompts), "cache_methods": args.cache_methods},
-        "results": judge.results(runs, paths),
+        "results": results,
         "comparisons": judge.comparisons(runs),
     }
+    if sweep is not None:
+        document["sweep"] = sweep.to_dict(left_out(everything), results)
     write_json(args.output_dir / RESULTS, document)
-    shown = {run.row.method: list(run.pixels[:SHEET_COLUMNS]) for run in runs}
+    shown = {run.row.method: list(run.pixels[:SHEET_COLUMNS]) for run in runs if run.row.kept}
     comparison_sheet(shown, columns=SHEET_COLUMNS).save(args.output_dir / "comparison_sheet.png")
     write_report(args.output_dir / "report.html", document, shown, traces_of(runs))
     return document
+
+
+def print_comparisons(document: dict[str, Any], console: Console) -> None:
+    for line in document["comparisons"]:
+        difference = line["psnr_difference"]
+        console.print(
+            f"{line['method']} against {line['against']}: PSNR {difference['value']:+.2f} dB "
+            f"[{difference['low']:+.2f}, {difference['high']:+.2f}], images/s × {line['images_per_second_ratio']:.3f}",
+            markup=False,
+        )
 
 
 def main() -> None:
@@ -167,14 +188,14 @@ def main() -> None:
         document = execute(args, console)
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         raise SystemExit(f"cache_execute: {error}") from error
-    console.print(results_table(document, console.width))
-    for line in document["comparisons"]:
-        difference = line["psnr_difference"]
-        console.print(
-            f"{line['method']} against {line['against']}: PSNR {difference['value']:+.2f} dB "
-            f"[{difference['low']:+.2f}, {difference['high']:+.2f}], images/s × {line['images_per_second_ratio']:.3f}",
-            markup=False,
-        )
+    if "sweep" in document:
+        # What belongs to a base method is left out with it, for the same reason.
+        for reason in dict.fromkeys(document["sweep"]["left_out"].values()):
+            console.print(f"left out: {reason}", markup=False)
+        console.print(frontier_table(document))
+    else:
+        console.print(results_table(document, console.width))
+        print_comparisons(document, console)
     console.print(f"report: {args.output_dir / 'report.html'}")
 
 

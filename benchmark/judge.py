@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,26 +31,52 @@ from xfuser.model_executor.pipelines import LoadedPipeline
 SMALLEST_SAMPLE = 32  # below this a Fréchet distance in 64 dimensions says nothing
 
 
+@dataclass
+class Scores:
+    """What one row's images scored, batch by batch: one number an image, features [B, D]."""
+
+    psnr: list[np.ndarray] = field(default_factory=list)
+    ssim: list[np.ndarray] = field(default_factory=list)
+    features: list[np.ndarray] = field(default_factory=list)
+    recognised: list[np.ndarray] = field(default_factory=list)
+
+
 class Judge:
-    """Scores runs. Without an evaluation folder only PSNR, SSIM and speed are known.
+    """Scores runs while they go on, so that images need not be kept for it.
+
+    Without an evaluation folder only PSNR, SSIM and speed are known.
 
     Args:
-        loaded: The model that was run.
-        conditions: The label or prompt of every image.
+        loaded: The model that is run.
         folder: Holds ``classifier.safetensors`` and ``reference.safetensors``.
     """
 
-    def __init__(self, loaded: LoadedPipeline, conditions: list[Any], folder: Path | None) -> None:
-        self.conditions = conditions
+    def __init__(self, loaded: LoadedPipeline, folder: Path | None) -> None:
         self.labelled = loaded.spec.conditioned_on == "label"
         self.network = FeatureNetwork.load(folder / "classifier.safetensors") if folder else None
         self.reference: Reference | None = read_reference(folder / "reference.safetensors") if folder else None
+        self._scores: defaultdict[str, Scores] = defaultdict(Scores)
+
+    @torch.no_grad()
+    def see(self, runs: list[Run], conditions: list[Any]) -> None:
+        """Score every run's newest batch, the images of these labels or prompts; the first run is the uncached one."""
+        uncached = runs[0].images[-1]
+        for run in runs:
+            scores, images = self._scores[run.row.method], run.images[-1]
+            if run is not runs[0]:
+                scores.psnr.append(psnr(images, uncached))
+                scores.ssim.append(ssim(images, uncached))
+            if self.network is None:
+                continue
+            pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
+            scores.features.append(self.network(pixels).numpy())
+            if self.labelled:
+                recognised = self.network.classify(pixels).argmax(1) == torch.tensor(conditions)
+                scores.recognised.append(recognised.double().numpy())
 
     def results(self, runs: list[Run], paths: dict[str, list[str]]) -> list[dict[str, Any]]:
-        """One entry a row, as the results file has it."""
-        uncached = runs[0]
-        features = {run.row.method: self._features(run) for run in runs}
-        return [self._result(run, uncached, features, paths[run.row.method]) for run in runs]
+        """One entry a row, as the results file has it; ``paths`` are those of the images that were written."""
+        return [self._result(run, runs[0], paths.get(run.row.method, [])) for run in runs]
 
     def comparisons(self, runs: list[Run]) -> list[dict[str, Any]]:
         """Each corrected row against its base, its base with the same approximation, and fewer steps at its cost."""
@@ -61,11 +89,9 @@ class Judge:
             pairs += [(run, by_method[name]) for name in opponents if name in by_method]
         return [self._compare(run, against, runs[0]) for run, against in pairs]
 
-    def _result(
-        self, run: Run, uncached: Run, features: dict[str, np.ndarray | None], paths: list[str]
-    ) -> dict[str, Any]:
-        mine, theirs = features[run.row.method], features[uncached.row.method]
-        is_uncached = run is uncached
+    def _result(self, run: Run, uncached: Run, paths: list[str]) -> dict[str, Any]:
+        mine, theirs = self._features(run), self._features(uncached)
+        known, is_uncached = self._scores[run.row.method], run is uncached
         scores: dict[str, Any] = dict.fromkeys(("fid", "fid_difference", "fid_vs_uncached", "kid", "class_accuracy"))
         if mine is not None and theirs is not None and self.reference is not None and len(mine) >= SMALLEST_SAMPLE:
             fid = frechet_interval(mine, self.reference.mean, self.reference.covariance)
@@ -76,11 +102,11 @@ class Judge:
                 moved = paired_frechet_difference(mine, theirs, self.reference.mean, self.reference.covariance)
                 scores["fid_difference"] = moved.to_dict()
         if self.network is not None and self.labelled:
-            scores["class_accuracy"] = mean_interval(self._recognised(run)).to_dict()
+            scores["class_accuracy"] = mean_interval(np.concatenate(known.recognised)).to_dict()
         quality = {"psnr": None, "ssim": None}
         if not is_uncached:
-            quality["psnr"] = mean_interval(psnr(run.pixels, uncached.pixels)).to_dict()
-            quality["ssim"] = mean_interval(ssim(run.pixels, uncached.pixels)).to_dict()
+            quality["psnr"] = mean_interval(np.concatenate(known.psnr)).to_dict()
+            quality["ssim"] = mean_interval(np.concatenate(known.ssim)).to_dict()
         return {
             "method": run.row.method,
             "base": run.row.base,
@@ -95,10 +121,11 @@ class Judge:
             "non_finite": run.non_finite,
             "prediction_coverage": float(np.mean(run.coverage)) if run.coverage else None,
             "images": paths,
+            **_matched(run),
         }
 
     def _compare(self, run: Run, against: Run, uncached: Run) -> dict[str, Any]:
-        ours, theirs = (psnr(each.pixels, uncached.pixels) for each in (run, against))
+        ours, theirs = (np.concatenate(self._scores[each.row.method].psnr) for each in (run, against))
         ratio: Interval | None = None
         fid_difference: Interval | None = None
         if self.network is not None and self.reference is not None and len(ours) >= SMALLEST_SAMPLE:
@@ -114,25 +141,14 @@ class Judge:
             "images_per_second_ratio": _times_faster(run, against),
         }
 
-    @torch.no_grad()
     def _features(self, run: Run) -> np.ndarray | None:
-        if self.network is None:
-            return None
-        return torch.cat([self.network(batch) for batch in _tensors(run.pixels)]).numpy()
-
-    @torch.no_grad()
-    def _recognised(self, run: Run) -> np.ndarray:
-        logits = torch.cat([self.network.classify(batch) for batch in _tensors(run.pixels)])
-        return (logits.argmax(1) == torch.tensor(self.conditions)).double().numpy()
+        features = self._scores[run.row.method].features
+        return np.concatenate(features) if features else None
 
 
 def _times_faster(run: Run, other: Run) -> float:
     """Median over the batches, which both generated one after the other: a disturbance of the machine hits few."""
     return float(np.median(np.array(other.batch_seconds) / np.array(run.batch_seconds)))
-
-
-def _tensors(pixels: np.ndarray) -> list[torch.Tensor]:
-    return list(torch.from_numpy(pixels).permute(0, 3, 1, 2).split(256))
 
 
 def _settings(run: Run) -> dict[str, Any]:
@@ -146,4 +162,16 @@ def _settings(run: Run) -> dict[str, Any]:
         settings["adacorr_mode"] = run.row.config.mode
     if run.row.matched:
         settings["adacorr_budget"] = "the base method's own share, batch by batch"
+    if run.match is not None:
+        ends = dict.fromkeys(f"{value:.4g}" for value in (min(run.match.values), max(run.match.values)))
+        settings[run.match.dial.name] = f"{' to '.join(ends)}, searched to save as many FLOPs as {run.row.base}"
     return settings
+
+
+def _matched(run: Run) -> dict[str, Any]:
+    """What a matched row saved, what it had to, and the setting in every batch."""
+    if run.match is None:
+        return {}
+    match = run.match
+    known = {"target": match.target, "reached": match.reached, "setting": match.dial.name, "values": match.values}
+    return {"matched_compute": known}

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from benchmark.matching import ALLOWED, RETRY_LIMIT, SEARCH_LIMIT, Match, dial_of, search
 from benchmark.rows import Row
+from xfuser.config import CacheConfig
 from xfuser.core.distributed.environment import synchronize
 from xfuser.model_executor.cache import CacheEngine, apply_cache_on_pipeline
+from xfuser.model_executor.cache.flops import StepFlops
 from xfuser.model_executor.pipelines import LoadedPipeline
 
 DEFAULT_PROMPTS = (
@@ -22,11 +27,21 @@ DEFAULT_PROMPTS = (
     "a red fox asleep in the snow",
 )
 WARMUP_SEED = 1 << 30  # far from any seed a user counts up from
+HOPELESS = 0.05  # share of the FLOPs by which a setting at its end misses the base, so that the run need not begin
 
 
 @dataclass
 class Run:
-    """What one row has produced so far."""
+    """What one row has produced so far.
+
+    Attributes:
+        row: What it is.
+        images: All its batches, or, where the row's images are not kept, the last one.
+        summary: The engine's, of the last batch.
+        flops: What one call costs, as the engine counted it.
+        match: Where a setting is searched.
+        left_out: Why nothing is reported of it.
+    """
 
     row: Row
     images: list[np.ndarray] = field(default_factory=list)
@@ -38,6 +53,9 @@ class Run:
     steps: list[int] = field(default_factory=list)
     non_finite: int = 0
     summary: dict[str, Any] = field(default_factory=dict)
+    flops: dict[tuple[Any, ...], StepFlops] | None = None
+    match: Match | None = None
+    left_out: str | None = None
 
     @property
     def pixels(self) -> np.ndarray:
@@ -74,33 +92,220 @@ def conditions_of(loaded: LoadedPipeline, sampling: Sampling, start: int, size: 
     return [sampling.prompts[index % len(sampling.prompts)] for index in range(start, start + size)]
 
 
-def measure(loaded: LoadedPipeline, rows: list[Row], sampling: Sampling) -> list[Run]:
+class Unreportable(RuntimeError):
+    """A row that nothing may be reported of under its name."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images start … start + size − 1, from the noise of seed + their numbers."""
+
+    start: int
+    size: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One row's batch: images [N, H, W, C], the seconds it took, its steps, and the engine's summary."""
+
+    images: np.ndarray
+    seconds: float
+    steps: int
+    summary: dict[str, Any]
+
+    @property
+    def saved(self) -> float:
+        return self.summary["flops_saved"]
+
+
+def measure(
+    loaded: LoadedPipeline,
+    rows: list[Row],
+    sampling: Sampling,
+    see: Callable[[list[Run], list[Any]], None] | None = None,
+    lenient: bool = False,
+) -> list[Run]:
     """Generate all images of all rows.
 
+    Args:
+        loaded: The model.
+        rows: The uncached row first, and every base method before what belongs to it.
+        sampling: What is generated.
+        see: Called after every batch with the runs, whose newest images are of that batch, and its conditions.
+        lenient: Leave a row that cannot be reported out, and say so in its ``left_out``, instead of failing.
+
     Raises:
-        RuntimeError: A row's method was not active, produced something that is no image, or its images contradict its
-            decisions. A method that raises is not caught: its row cannot be reported.
+        Unreportable: A row's method never hit, did not match what it had to, or produced something that is no image. A
+            method that raises is not caught: its row cannot be reported.
+        RuntimeError: A row's method was not active, or its images contradict its decisions.
     """
-    runs = [Run(row) for row in rows]
-    batches = [
-        (start, min(sampling.batch_size, sampling.num_images - start))
-        for start in range(0, sampling.num_images, sampling.batch_size)
-    ]
-    columns = (TextColumn("{task.description:28}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
-        task = progress.add_task("warm-up", total=len(rows) * (len(batches) + 1))
-        for run in runs:
-            progress.update(task, description=f"warm-up {run.row.method}")
-            _generate(loaded, run, runs, sampling, 0, batches[0][1], WARMUP_SEED, counted=False)
-            progress.advance(task)
-        for index, (start, size) in enumerate(batches):
-            for run in _in_turn(runs, index):
-                progress.update(task, description=run.row.method)
-                _generate(loaded, run, runs, sampling, start, size, sampling.seed, counted=True)
-                progress.advance(task)
-    for run in runs:
-        _check(run, runs)
-    return runs
+    return _Measurement(loaded, rows, sampling, lenient).run(see)
+
+
+class _Measurement:
+    """The runs of one comparison, and how each is brought forward by a batch."""
+
+    def __init__(self, loaded: LoadedPipeline, rows: list[Row], sampling: Sampling, lenient: bool) -> None:
+        self.loaded, self.sampling, self.lenient = loaded, sampling, lenient
+        self.runs = [Run(row) for row in rows]
+        for run in self.runs:
+            run.match = Match(dial_of(run.row)) if run.row.searched else None
+        starts = range(0, sampling.num_images, sampling.batch_size)
+        sizes = [min(sampling.batch_size, sampling.num_images - start) for start in starts]
+        self.batches = [Batch(start, size, sampling.seed) for start, size in zip(starts, sizes, strict=True)]
+
+    def run(self, see: Callable[[list[Run], list[Any]], None] | None) -> list[Run]:
+        columns = (TextColumn("{task.description:28}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        searches = sum(run.match is not None for run in self.runs)
+        total = len(self.runs) * (len(self.batches) + 1) + searches * (SEARCH_LIMIT - 1)
+        with Progress(*columns) as progress:
+            task = progress.add_task("warm-up", total=total)
+            for run in self.runs:
+                with self._watched(run):
+                    progress.update(task, description=f"{'match' if run.match else 'warm-up'} {run.row.method}")
+                    self._warm_up(run, lambda: progress.advance(task))
+            done = len(self.runs) + searches * (SEARCH_LIMIT - 1)
+            progress.update(task, completed=done)
+            for index, batch in enumerate(self.batches):
+                for run in _in_turn(self.runs, index):
+                    progress.update(task, description=run.row.method)
+                    with self._watched(run):
+                        self._count(run, batch)
+                    progress.advance(task)
+                if see is not None:
+                    see([run for run in self.runs if run.left_out is None], self._conditions(batch))
+        for run in self.runs:
+            with self._watched(run):
+                check(run, self.runs, self.lenient)
+        return self.runs
+
+    @contextmanager
+    def _watched(self, run: Run) -> Iterator[None]:
+        """Leaves a row that cannot be reported out where that is allowed, and with a base method all of its rows."""
+        try:
+            yield
+        except Unreportable as error:
+            if not self.lenient or run.row.base is None:
+                raise
+            for other in self.runs:
+                if other is run or (run.row.method == run.row.base and other.row.base == run.row.base):
+                    other.left_out = other.left_out or str(error)
+                    other.images.clear()
+
+    def _warm_up(self, run: Run, advance: Callable[[], None]) -> None:
+        """The first batch, with other noise; where a setting is to be found, until it is."""
+        if run.left_out is not None:
+            return
+        batch = replace(self.batches[0], seed=WARMUP_SEED)
+        if run.match is None:
+            self._generate(run, run.row.config, batch)
+            advance()
+            return
+        base, dial = self._base(run).summary, run.match.dial
+        target = base["flops_saved"]
+
+        def trial(position: float) -> Outcome:
+            advance()
+            return self._generate(run, self._turned(run, position), batch)
+
+        start = dial.guess(target, base["hit_rate"], target)
+        # Where whole steps are spent, a single batch can come no nearer than half of one.
+        close = max(ALLOWED / 4, 0.5 / self.sampling.num_inference_steps if dial.whole_steps else 0.0)
+        found = search(dial, start, dial.step, target, close, SEARCH_LIMIT if target > 0 else 1, trial)
+        if target > 0 and not found.bracketed and abs(found.attempt.saved - target) > HOPELESS:
+            raise Unreportable(
+                f"{run.row.method}: at {dial.name}={dial.value(found.position):.3g} it saves {found.attempt.saved:.3f} "
+                f"of the FLOPs, and {run.row.base} {target:.3f}; no setting matches that: lower the base method's "
+                "threshold, or take more steps"
+            )
+
+    def _count(self, run: Run, batch: Batch) -> None:
+        """One batch that is reported."""
+        if run.left_out is not None:
+            return
+        config = run.row.config
+        if run.match is None:
+            if run.row.matched:
+                config = replace(config, adacorr_budget=self._spent_by_base(run))
+            self._accept(run, self._generate(run, config, batch), batch)
+            return
+        match, base = run.match, self._base(run).summary
+        needed = match.needed(base["flops_saved"], batch.size)
+        start = match.dial.guess(needed, base["hit_rate"], base["flops_saved"])
+        # What the batches before it leave open, the last one has to close; a missed one is generated again.
+        found = search(
+            match.dial,
+            start,
+            match.dial.step / 4,
+            needed,
+            match.slack(batch.size),
+            RETRY_LIMIT if batch is self.batches[-1] else 1,
+            lambda position: self._generate(run, self._turned(run, position), batch),
+        )
+        match.take(batch.size, base["flops_saved"], found.attempt.saved, match.dial.value(found.position))
+        self._accept(run, found.attempt, batch)
+
+    def _generate(self, run: Run, config: CacheConfig, batch: Batch) -> Outcome:
+        sampling, loaded = self.sampling, self.loaded
+        steps = sampling.num_inference_steps
+        if run.row.fewer_steps:
+            steps = max(1, round(steps * self._spent_by_base(run)))
+        engine: CacheEngine | None = None
+        if config.use_cache is not None:
+            engine = apply_cache_on_pipeline(loaded.pipeline, **vars(config))
+            engine.learn_flops(run.flops)
+        try:
+            device = loaded.pipeline.device
+            synchronize(device)
+            begin = time.perf_counter()
+            images = loaded.generate(
+                self._conditions(batch),
+                [batch.seed + index for index in range(batch.start, batch.start + batch.size)],
+                steps,
+                sampling.guidance_scale,
+                sampling.height,
+                sampling.width,
+            )
+            synchronize(device)
+            seconds = time.perf_counter() - begin
+            saved = 1 - steps / sampling.num_inference_steps
+            summary = engine.summary() if engine else {"hit_rate": 0.0, "flops_saved": saved, "non_finite": 0}
+            run.flops = engine.known_flops() if engine else None
+        finally:
+            if engine is not None:
+                engine.remove()
+        if not np.isfinite(images).all():
+            raise Unreportable(f"{run.row.method}: some images hold numbers that are not finite")
+        run.summary = summary
+        return Outcome(images, seconds, steps, summary)
+
+    def _accept(self, run: Run, outcome: Outcome, batch: Batch) -> None:
+        if not run.row.kept:
+            run.images.clear()
+        run.summary = outcome.summary
+        run.images.append(outcome.images)
+        run.batch_seconds.append(outcome.seconds)
+        run.batch_sizes.append(batch.size)
+        run.steps.append(outcome.steps)
+        run.hit_rates.append(outcome.summary["hit_rate"])
+        run.flops_saved.append(outcome.saved)
+        run.non_finite += outcome.summary["non_finite"]
+        if outcome.summary.get("prediction_coverage") is not None:
+            run.coverage.append(outcome.summary["prediction_coverage"])
+
+    def _turned(self, run: Run, position: float) -> CacheConfig:
+        assert run.match is not None
+        return replace(run.row.config, **{run.match.dial.name: run.match.dial.value(position)})
+
+    def _conditions(self, batch: Batch) -> list[Any]:
+        return conditions_of(self.loaded, self.sampling, batch.start, batch.size)
+
+    def _base(self, run: Run) -> Run:
+        return next(each for each in self.runs if each.row.method == run.row.base)
+
+    def _spent_by_base(self, run: Run) -> float:
+        return 1 - self._base(run).summary["hit_rate"]
 
 
 def _in_turn(runs: list[Run], index: int) -> list[Run]:
@@ -113,81 +318,42 @@ def _in_turn(runs: list[Run], index: int) -> list[Run]:
     return [run for group in ordered[shift:] + ordered[:shift] for run in group]
 
 
-def _generate(
-    loaded: LoadedPipeline,
-    run: Run,
-    runs: list[Run],
-    sampling: Sampling,
-    start: int,
-    size: int,
-    seed: int,
-    counted: bool,
-) -> None:
-    row = run.row
-    steps = sampling.num_inference_steps
-    if row.matched:
-        row = row.with_budget(_spent_by_base(row, runs))
-    if row.fewer_steps:
-        steps = max(1, round(steps * _spent_by_base(row, runs)))
-    config = row.config
-    engine: CacheEngine | None = None
-    if config.use_cache is not None:
-        engine = apply_cache_on_pipeline(loaded.pipeline, **vars(config))
-        engine.learn_flops(run.summary.get("flops"))
-    try:
-        device = loaded.pipeline.device
-        synchronize(device)
-        begin = time.perf_counter()
-        images = loaded.generate(
-            conditions_of(loaded, sampling, start, size),
-            [seed + index for index in range(start, start + size)],
-            steps,
-            sampling.guidance_scale,
-            sampling.height,
-            sampling.width,
-        )
-        synchronize(device)
-        seconds = time.perf_counter() - begin
-        summary = engine.summary() if engine else {"hit_rate": 0.0, "flops_saved": 0.0, "non_finite": 0}
-        flops = engine.known_flops() if engine else None
-    finally:
-        if engine is not None:
-            engine.remove()
-    run.summary = summary | {"flops": flops}
-    if not counted:
-        return
-    run.images.append(images)
-    run.batch_seconds.append(seconds)
-    run.batch_sizes.append(size)
-    run.steps.append(steps)
-    run.hit_rates.append(summary["hit_rate"])
-    run.flops_saved.append(summary["flops_saved"])
-    run.non_finite += summary["non_finite"]
-    if summary.get("prediction_coverage") is not None:
-        run.coverage.append(summary["prediction_coverage"])
-
-
-def _spent_by_base(row: Row, runs: list[Run]) -> float:
-    base = next(run for run in runs if run.row.method == row.base)
-    return 1 - base.summary["hit_rate"]
-
-
-def _check(run: Run, runs: list[Run]) -> None:
+def check(run: Run, runs: list[Run], lenient: bool) -> None:
+    """Raise where nothing may be reported of a run under its name; see `measure`."""
     method = run.row.method
-    if not all(np.isfinite(batch).all() for batch in run.images):
-        raise RuntimeError(f"{method}: some images hold numbers that are not finite")
-    if run.row.config.use_cache is None:
+    if run.left_out is not None or run.row.config.use_cache is None:
         return
     if "plan" not in run.summary or run.summary["steps"] == 0:
         raise RuntimeError(f"{method}: the cache was attached, but saw no step; nothing is reported under its name")
     if run.row.config.mode != "blend" and sum(run.hit_rates) == 0:
-        raise RuntimeError(
+        raise Unreportable(
             f"{method}: it never hit, so its row would be another name for None; raise its threshold or budget"
         )
+    if run.match is not None and not run.match.holds:
+        raise Unreportable(
+            f"{method}: it saved {run.match.reached:.3f} of the FLOPs and {run.row.base} {run.match.target:.3f}, more "
+            f"than {ALLOWED} apart; more batches or more steps (--num_images, --num_inference_steps) match closer"
+        )
     for other in runs:
-        if other is run or other.row.config.use_cache is None or other.summary.get("plan") == run.summary["plan"]:
+        if other is run or other.left_out is not None or other.row.config.use_cache is None:
             continue
-        if torch.equal(torch.from_numpy(other.images[-1]), torch.from_numpy(run.images[-1])):
-            raise RuntimeError(
-                f"{method} and {other.row.method} decided differently, and yet their images are the same"
-            )
+        same_images = torch.equal(torch.from_numpy(other.images[-1]), torch.from_numpy(run.images[-1]))
+        if other.summary.get("plan") != run.summary["plan"]:
+            if same_images:
+                raise RuntimeError(
+                    f"{method} and {other.row.method} decided differently, and yet their images are the same"
+                )
+        elif lenient and same_images and _is_repetition(run, other):
+            raise Unreportable(f"{method}: it decided as {other.row.method} did, batch by batch")
+
+
+def _is_repetition(run: Run, other: Run) -> bool:
+    """Whether two settings of one base method, the other the earlier one, came to the same."""
+    both = run.row, other.row
+    if any(row.method != row.base for row in both) or both[0].config.use_cache != both[1].config.use_cache:
+        return False
+    earlier = (other.row.config.rel_l1_thresh, other.row.config.interval) < (
+        run.row.config.rel_l1_thresh,
+        run.row.config.interval,
+    )
+    return earlier and other.hit_rates == run.hit_rates

@@ -20,35 +20,43 @@ class Row:
         base: Name of the base method it belongs to; ``None`` for the run without a cache.
         config: Its settings.
         matched: Whether its budget is set to what the base method spends on the same batch.
+        searched: Whether a setting of its correction is searched so that it saves as many FLOPs as the base method.
         fewer_steps: Whether it runs without a cache, on the share of the steps that the base method evaluates.
+        kept: Whether all its images are kept and shown, not only scored.
     """
 
     method: str
     base: str | None
     config: CacheConfig
     matched: bool = False
+    searched: bool = False
     fewer_steps: bool = False
-
-    def with_budget(self, share: float) -> Row:
-        return replace(self, config=replace(self.config, adacorr_budget=share))
+    kept: bool = True
 
 
 def base_names() -> list[str]:
     return [name for name in POLICIES if name is not None]
 
 
-def build_rows(
-    names: list[str],
-    thresholds: dict[str, float],
-    correct_all: bool,
-    correction: dict[str, Any],
-    approximation: str | None,
-) -> list[Row]:
-    """Rows for the methods asked for; ``None`` always comes first, since everything is measured against it.
+@dataclass(frozen=True)
+class Correction:
+    """What the corrected rows have in common.
 
-    A corrected method X brings two rows with it: X as published, and X with the correction's own approximation but
-    without the correction, so that neither is credited with the other's gain. A third row opposes them all: no cache,
-    but only as many steps as X evaluates. A cache that does not beat it has no reason to exist.
+    Attributes:
+        settings: AdaCorrection's, for `CacheConfig`.
+        approximation: What stands in; ``None`` for the method's own.
+        match_compute: Whether a setting is searched for each row.
+    """
+
+    settings: dict[str, Any]
+    approximation: str | None = None
+    match_compute: bool = False
+
+
+def wanted_methods(names: list[str], bases: dict[str, dict[str, Any]], correct_all: bool) -> dict[str, bool]:
+    """Which base methods were asked for, in order, and whether with their correction.
+
+    ``bases`` are the settings of every base method; ``All`` names those whose threshold decides when they hit.
 
     Raises:
         ValueError: A name is not known.
@@ -57,31 +65,57 @@ def build_rows(
     wanted: dict[str, bool] = {}
     for name in names:
         if name == "All":
-            wanted |= dict.fromkeys(known, True)
+            wanted |= {base: True for base in known if "rel_l1_thresh" in bases[base]}
         elif name != "None":
             base, corrected = name.removesuffix(SUFFIX), name.endswith(SUFFIX)
             if base not in known:
                 choices = ", ".join(["None", *known, *(known_name + SUFFIX for known_name in known), "All"])
                 raise ValueError(f"--cache_methods: {name!r} is not known; choose from {choices}")
             wanted[base] = wanted.get(base, False) or corrected or correct_all
-    rows = [Row("None", None, CacheConfig())]
+    return wanted
+
+
+def build_rows(wanted: dict[str, bool], bases: dict[str, dict[str, Any]], correction: Correction) -> list[Row]:
+    """Rows for the methods asked for; ``None`` always comes first, since everything is measured against it.
+
+    A corrected method X brings two rows with it: X as published, and X with the correction's own approximation but
+    without the correction, so that neither is credited with the other's gain. A third row opposes them all: no cache,
+    but only as many steps as X evaluates. A cache that does not beat it has no reason to exist.
+    """
+    rows = [uncached()]
     for base, corrected in wanted.items():
-        rows += _rows_of(base, thresholds[base], corrected, correction, approximation)
+        rows += rows_of(base, bases[base], corrected, correction)
     return rows
 
 
-def _rows_of(
-    base: str, threshold: float, corrected: bool, correction: dict[str, Any], approximation: str | None
-) -> list[Row]:
-    plain = CacheConfig(use_cache=base, rel_l1_thresh=threshold)
+def uncached() -> Row:
+    return Row("None", None, CacheConfig())
+
+
+def rows_of(base: str, settings: dict[str, Any], corrected: bool, correction: Correction) -> list[Row]:
+    """The rows of one base method under one name, which need not be the method's own."""
+    plain = CacheConfig(**settings)
+    approximation = correction.approximation
     rows = [Row(base, base, plain)]
     if not corrected:
         if approximation not in (None, plain.stand_in):
             rows.append(Row(f"{base}[{approximation}]", base, replace(plain, approximation=approximation)))
         return rows
-    config = CacheConfig(use_cache=base, rel_l1_thresh=threshold, approximation=approximation, **correction)
+    # How the base method alone exchanges its sums is no concern of its reviewer.
+    reviewed = {name: value for name, value in settings.items() if name != "sync"}
+    config = CacheConfig(**(reviewed | {"approximation": approximation} | correction.settings))
     if config.stand_in not in ("activation", plain.stand_in):
         rows.append(Row(f"{base}[{config.stand_in}]", base, replace(plain, approximation=config.stand_in)))
-    matched = config.mode == "budget" and config.adacorr_budget is None
+    if correction.match_compute:
+        _check_searchable(config)
+    matched = config.mode == "budget" and config.adacorr_budget is None and not correction.match_compute
     opponent = Row(f"None[steps of {base}]", base, CacheConfig(), fewer_steps=True)
-    return [*rows, Row(base + SUFFIX, base, config, matched), opponent]
+    return [*rows, Row(base + SUFFIX, base, config, matched, correction.match_compute), opponent]
+
+
+def _check_searchable(config: CacheConfig) -> None:
+    if config.mode == "blend":
+        raise ValueError("--match_compute: mode blend evaluates everything, so it cannot save what its base saves")
+    for name in ("adacorr_budget", "adacorr_tolerance"):
+        if getattr(config, name) is not None:
+            raise ValueError(f"--match_compute searches {name}; leave --{name} out (--adacorr_mode names the mode)")

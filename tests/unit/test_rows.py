@@ -12,19 +12,21 @@ import pytest
 from PIL import Image
 
 from benchmark.cache_execute import parser as comparison_parser
-from benchmark.rows import Row, build_rows
+from benchmark.rows import Correction, Row, build_rows, wanted_methods
 from xfuser import cli
 from xfuser.config.arguments import correction_settings
 
 THRESHOLDS = {"Tea": 0.25, "Fb": 0.125}
+BASES = {"Fast": {"use_cache": "Fast"}, "Interval": {"use_cache": "Interval"}} | {
+    base: {"use_cache": base, "rel_l1_thresh": threshold} for base, threshold in THRESHOLDS.items()
+}
 
 
 def rows_for(*names: str, options: str = "", approximation: str | None = None) -> list[Row]:
     """Rows as the command line makes them."""
     args = comparison_parser().parse_args(["--cache_methods", *names, *options.split()])
-    return build_rows(
-        args.cache_methods, THRESHOLDS, args.enable_adacorrection, correction_settings(args, True), approximation
-    )
+    wanted = wanted_methods(args.cache_methods, BASES, args.enable_adacorrection)
+    return build_rows(wanted, BASES, Correction(correction_settings(args, True), approximation, args.match_compute))
 
 
 def names_of(rows: list[Row]) -> list[str]:
@@ -81,13 +83,26 @@ def test_settings_of_the_rows() -> None:
         assert [row.matched for row in group] == [False, False, True]
 
 
-def test_a_matched_row_takes_the_budget_it_is_given() -> None:
-    row = corrected(rows_for("Tea+AdaCorrection"))
-    assert row.config.adacorr_budget is None
-    spent = row.with_budget(0.375)
-    assert spent.config.adacorr_budget == 0.375
-    assert (spent.method, spent.config.rel_l1_thresh) == (row.method, row.config.rel_l1_thresh)
-    assert row.config.adacorr_budget is None
+@pytest.mark.parametrize("mode", ["budget", "bound", "gate"])
+def test_rows_whose_compute_is_to_match(mode: str) -> None:
+    rows = rows_for("Tea+AdaCorrection", options=f"--match_compute --adacorr_mode {mode}")
+    assert names_of(rows) == ["None", *TEA]
+    assert (corrected(rows).config.mode, corrected(rows).matched, corrected(rows).searched) == (mode, False, True)
+    assert not any(row.searched for row in rows if row.config.mode is None)
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ("--adacorr_mode blend", "blend"),
+        ("--adacorr_budget 0.5", "--adacorr_budget"),
+        ("--adacorr_tolerance 0.1", "--adacorr_tolerance"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused(options: str, word: str) -> None:
+    with pytest.raises(ValueError, match="--match_compute") as caught:
+        rows_for("Tea+AdaCorrection", options=f"--match_compute {options}")
+    assert word in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

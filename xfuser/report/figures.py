@@ -1,6 +1,5 @@
 """Pictures of a benchmark, drawn with matplotlib's Agg canvas and returned as PNG bytes."""
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,26 +10,10 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.text import Text
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
 from xfuser.report.columns import is_finite
-
-_DPI = 130
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#7A5195", "#8C6D1F", "#56B4E9", "#444444")
-_MARKERS = {"plain": "o", "variant": "s", "corrected": "D", "opponent": "X"}
-_KINDS = {
-    "plain": "base method",
-    "variant": "same approximation, no correction",
-    "corrected": "with correction",
-    "opponent": "no cache, fewer steps",
-}
-# Offsets in points at which a label may stand beside its point, nearest first; the first free one is taken.
-_PLACES = [
-    (distance * x, distance * y)
-    for distance in (8, 16, 26, 38, 52)
-    for x, y in ((1, 0.4), (1, -0.4), (0, 1), (0, -1), (-1, 0.4), (-1, -0.4), (0.8, 0.9), (0.8, -0.9), (-0.8, 0.9))
-]
+from xfuser.report.style import DPI, KINDS, MARKERS, family, family_colours, kind, label_points, log_ticks, png
 
 
 def quality_speed_curve(results: Sequence[Mapping[str, Any]]) -> bytes:
@@ -48,7 +31,7 @@ def quality_speed_curve(results: Sequence[Mapping[str, Any]]) -> bytes:
     Raises:
         KeyError: A row has no ``method`` or ``speedup``.
     """
-    figure = Figure(figsize=(9.5, 9.2), dpi=_DPI, facecolor="white")
+    figure = Figure(figsize=(9.5, 9.2), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 1, sharex=True)
     figure.subplots_adjust(left=0.09, right=0.97, top=0.95, bottom=0.07, hspace=0.08)
@@ -58,14 +41,14 @@ def quality_speed_curve(results: Sequence[Mapping[str, Any]]) -> bytes:
     panels = [(axes, _score_panel(axes, key, results)) for axes, key in ((upper, "psnr"), (lower, "fid_vs_uncached"))]
     # Only now: the panels share their x axis, so the second one can still move the first one's points.
     for axes, (points, colours, lines) in panels:
-        _label_points(axes, points, colours, lines)
+        label_points(axes, points, colours, lines)
     handles = [
-        Line2D([], [], color="#555555", linestyle="none", marker=_MARKERS[kind], label=label)
-        for kind, label in _KINDS.items()
+        Line2D([], [], color="#555555", linestyle="none", marker=MARKERS[name], label=label)
+        for name, label in KINDS.items()
     ]
     handles.append(Line2D([], [], color="#555555", linewidth=0.8, label="base to corrected"))
     figure.legend(handles=handles, loc="upper center", ncols=5, frameon=False, fontsize=8)
-    return _png(figure)
+    return png(figure)
 
 
 def decision_map(trace: Mapping[str, Sequence[Sequence[float | None]]]) -> bytes:
@@ -88,7 +71,7 @@ def decision_map(trace: Mapping[str, Sequence[Sequence[float | None]]]) -> bytes
     steps, blocks = fields["evaluated"].shape
     width = float(np.clip(2.2 + 0.26 * steps, 7.5, 15.0))
     height = float(np.clip(0.2 * blocks, 1.6, 5.0))
-    figure = Figure(figsize=(width, 2 * height + 2.9), dpi=_DPI, facecolor="white", layout="constrained")
+    figure = Figure(figsize=(width, 2 * height + 2.9), dpi=DPI, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(3, 2, width_ratios=[width * 4, 1], height_ratios=[height, height, 1.2])
     top = figure.add_subplot(grid[0, 0])
@@ -105,12 +88,12 @@ def decision_map(trace: Mapping[str, Sequence[Sequence[float | None]]]) -> bytes
     top.scatter(step, block, s=size, facecolor="white", edgecolor="black", linewidth=0.7)
     _map_legend(top)
     bar = figure.colorbar(mesh, cax=figure.add_subplot(grid[0:2, 1]), label="relative error")
-    _log_ticks(bar.ax, norm.vmin, norm.vmax)
+    log_ticks(bar.ax, norm.vmin, norm.vmax)
     _weight_line(bottom, fields["weights"])
     for axes in (top, middle):
         axes.tick_params(labelbottom=False)
         axes.set_ylabel("block")
-    return _png(figure)
+    return png(figure)
 
 
 def trace_arrays(trace: Mapping[str, Sequence[Sequence[float | None]]]) -> dict[str, np.ndarray]:
@@ -153,8 +136,8 @@ def _score_panel(
         return {}, {}, []
     logarithmic = key == "fid_vs_uncached" and min(y for _, y in points.values()) > 0
     floor = 0.5 * min(y for _, y in points.values()) if logarithmic else -np.inf
-    families = _family_colours(results)
-    colours = {method: families[_family(row)] for method, row in rows.items()}
+    families = family_colours(results)
+    colours = {method: families[family(row)] for method, row in rows.items()}
     lines = []
     for method, row in rows.items():
         x, y = points[method]
@@ -166,7 +149,7 @@ def _score_panel(
             x,
             y,
             yerr=[[y - low], [high - y]],
-            fmt=_MARKERS[_kind(row)],
+            fmt=MARKERS[kind(row)],
             color=colours[method],
             markersize=6.5,
             markeredgecolor="white",
@@ -176,109 +159,14 @@ def _score_panel(
             zorder=3,
         )
         lines.append(np.array([(x, low), (x, high)]))
-        if _kind(row) == "corrected" and row["base"] in points:
+        if kind(row) == "corrected" and row["base"] in points:
             lines.append(np.array([points[row["base"]], (x, y)]))
             axes.plot(*lines[-1].T, color=colours[method], linewidth=0.8, alpha=0.7, zorder=2)
     axes.margins(x=0.1, y=0.12)
     if logarithmic:
         axes.set_yscale("log")
-        _log_ticks(axes, *axes.get_ylim())
+        log_ticks(axes, *axes.get_ylim())
     return points, colours, lines
-
-
-def _family(row: Mapping[str, Any]) -> str:
-    return row.get("base") or row["method"]
-
-
-def _kind(row: Mapping[str, Any]) -> str:
-    base, method = row.get("base"), row["method"]
-    if base is None or method == base:
-        return "plain"
-    if method.startswith("None"):
-        return "opponent"
-    return "corrected" if method.startswith(f"{base}+") else "variant"
-
-
-def _family_colours(results: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    families = dict.fromkeys(_family(row) for row in results)
-    return {family: _COLOURS[index % len(_COLOURS)] for index, family in enumerate(families)}
-
-
-def _label_points(
-    axes: Axes, points: Mapping[str, tuple[float, float]], colours: Mapping[str, str], avoid: Sequence[np.ndarray]
-) -> None:
-    """Write each name beside its point, at the place that covers least of points, lines, other names and edges.
-
-    ``avoid`` holds the lines as arrays ``[2, 2]`` of their ends (x, y).
-    """
-    if not points:
-        return
-    axes.autoscale_view()
-    renderer = axes.figure.canvas.get_renderer()
-    frame = np.array(axes.get_window_extent(renderer).extents)
-    point_size = _DPI / 72
-    pixels = {name: axes.transData.transform(point) for name, point in points.items()}
-    taken = _around(np.array(list(pixels.values())), 6 * point_size)
-    for ends in avoid:
-        start, stop = axes.transData.transform(ends)
-        along = start + np.linspace(0, 1, 40)[:, None] * (stop - start)
-        taken = np.concatenate([taken, _around(along, 2 * point_size)])
-    for name in sorted(points, key=lambda key: -pixels[key][0]):
-        label = axes.annotate(
-            name,
-            points[name],
-            xytext=(0, 0),
-            textcoords="offset points",
-            fontsize=8.5,
-            color=colours[name],
-            # A dollar sign in a method's name is not mathematics.
-            parse_math=False,
-            arrowprops={"arrowstyle": "-", "color": colours[name], "linewidth": 0.5, "alpha": 0.6, "shrinkB": 4},
-            zorder=4,
-        )
-        # Text's own extent: an annotation's would include its leader line.
-        size = Text.get_window_extent(label, renderer).size
-        trials = []
-        for offset in _PLACES:
-            box = _label_box(pixels[name] + point_size * np.array(offset), size, offset)
-            outside = size.prod() - _shared_area(box, frame)
-            # A name that stands nearer to another point than to its own would be read as the other's.
-            gaps = {other: _gap(box, pixel) for other, pixel in pixels.items()}
-            misread = sum(gap < gaps[name] + 2 * point_size for other, gap in gaps.items() if other != name)
-            cost = _shared_area(box, taken) + 10 * outside + 3 * np.hypot(*offset) + 80 * misread
-            trials.append((float(cost), offset, box))
-        _, offset, box = min(trials, key=lambda trial: trial[0])
-        label.set_position(offset)
-        label.set(**dict(zip(("horizontalalignment", "verticalalignment"), _alignment(offset), strict=True)))
-        label.arrow_patch.set_visible(float(np.hypot(*offset)) > 20)
-        taken = np.vstack([taken, box])
-
-
-def _alignment(offset: tuple[float, float]) -> tuple[str, str]:
-    x, y = offset
-    return "center" if x == 0 else "left" if x > 0 else "right", "bottom" if y > 4 else "top" if y < -4 else "center"
-
-
-def _label_box(anchor: np.ndarray, size: np.ndarray, offset: tuple[float, float]) -> np.ndarray:
-    """Left, bottom, right, top in pixels of a label of that size, as a ``[4]`` array."""
-    shares = {"left": 0.0, "bottom": 0.0, "center": 0.5, "right": 1.0, "top": 1.0}
-    corner = anchor - size * [shares[side] for side in _alignment(offset)]
-    return np.concatenate([corner, corner + size])
-
-
-def _around(centres: np.ndarray, half: float) -> np.ndarray:
-    """Squares around ``[N, 2]`` centres, as ``[N, 4]``."""
-    return np.hstack([centres - half, centres + half])
-
-
-def _gap(box: np.ndarray, point: np.ndarray) -> float:
-    return float(np.hypot(*np.maximum(0.0, np.maximum(box[:2] - point, point - box[2:]))))
-
-
-def _shared_area(box: np.ndarray, others: np.ndarray) -> float:
-    """Area that a ``[4]`` box shares with each of the ``[N, 4]`` or ``[4]`` others, summed."""
-    sides = np.minimum(box[2:], others[..., 2:]) - np.maximum(box[:2], others[..., :2])
-    return float(np.maximum(sides, 0.0).prod(axis=-1).sum())
 
 
 def _error_scale(*errors: np.ndarray) -> LogNorm:
@@ -329,18 +217,3 @@ def _weight_line(axes: Axes, weights: np.ndarray) -> None:
     axes.set_xlabel("sampling step")
     axes.set_ylabel("weight")
     axes.grid(color="#e4e4e4", linewidth=0.7)
-
-
-def _log_ticks(axes: Axes, low: float, high: float) -> None:
-    """Number a logarithmic y axis at 1, 2 and 5, or at powers of ten only when it spans several of them."""
-    wide = high > 500 * low
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    # Without the software tag the bytes depend on the data alone.
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()

@@ -14,8 +14,10 @@ import numpy as np
 from PIL import Image
 
 from xfuser.report.columns import COMPARISON_COLUMNS, RESULT_COLUMNS, psnr_verdict
+from xfuser.report.curves import sweep_curves
 from xfuser.report.figures import decision_map, quality_speed_curve, trace_arrays
 from xfuser.report.sheet import comparison_sheet
+from xfuser.report.table import frontier_rows
 
 _SCHEMA = 1
 
@@ -52,7 +54,7 @@ def write_report(
 def _context(
     document: Mapping[str, Any], images: Mapping[str, Sequence[np.ndarray]], traces: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
-    model = document.get("model") or {}
+    model, sweep = document.get("model") or {}, document.get("sweep")
     facts = [(title, _pairs(document.get(title.lower()) or {})) for title in ("Model", "Settings", "Environment")]
     return {
         "title": f"Caching benchmark: {model['name']}" if model.get("name") else "Caching benchmark",
@@ -77,7 +79,13 @@ def _context(
             for row in document.get("comparisons") or []
         ],
         "sheet": _data_uri(_sheet_png(images)) if images else None,
-        "curve": _data_uri(quality_speed_curve(document["results"])),
+        "curve": None if sweep else _data_uri(quality_speed_curve(document["results"])),
+        "sweep": _data_uri(sweep_curves(document["results"], sweep)) if sweep else None,
+        "frontier": [
+            {"method": row["method"], "cells": [column.cell(row) for column in RESULT_COLUMNS], "speeds": speeds}
+            for row, speeds in (frontier_rows(document) if sweep else [])
+        ],
+        "left_out": list(dict.fromkeys(sweep["left_out"].values())) if sweep else [],
         "maps": [
             {"method": method, "caption": _caption(trace), "picture": _data_uri(decision_map(trace))}
             for method, trace in traces.items()

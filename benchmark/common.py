@@ -1,0 +1,78 @@
+"""What the benchmarks' command lines have in common: from arguments to settings, and what fits a model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from benchmark.measure import DEFAULT_PROMPTS, Sampling
+from benchmark.rows import base_names
+from xfuser.config.arguments import base_settings
+from xfuser.config.cache import FIRST
+from xfuser.model_executor.pipelines import MODEL_TYPES, LoadedPipeline
+
+
+def add_evaluation_arguments(group: Any, output: str) -> None:
+    """What is drawn, what judges it, and where the results go."""
+    group.add_argument("--prompt", nargs="+", default=list(DEFAULT_PROMPTS), help="prompts, taken in turn")
+    group.add_argument(
+        "--evaluation",
+        type=Path,
+        help="folder with classifier.safetensors and reference.safetensors (default: the model's own "
+        "evaluation folder, else the shipped one for tiny-dit)",
+    )
+    group.add_argument("--output_dir", type=Path, default=Path(output), help="default: %(default)s")
+
+
+def bases_of(args: argparse.Namespace, threshold: float | None) -> dict[str, dict[str, Any]]:
+    """The settings of every base method; ``threshold`` replaces the model type's own.
+
+    Raises:
+        ValueError: The calibration is to be learned from a job's first generation.
+    """
+    if args.calibration == FIRST:
+        # Every batch is a job of its own here, so that all of them would be evaluated in full.
+        raise ValueError("--calibration first: a comparison needs a file; make one with `xdit calibrate`")
+    bases = {base: base_settings(args, base) for base in base_names()}
+    for base, own in MODEL_TYPES[args.model_type].thresholds.items():
+        bases[base]["rel_l1_thresh"] = own if threshold is None else threshold
+    return bases
+
+
+def sampling_of(args: argparse.Namespace) -> Sampling:
+    own = MODEL_TYPES[args.model_type].guidance_scale
+    return Sampling(
+        args.num_images,
+        args.batch_size,
+        args.num_inference_steps,
+        own if args.guidance_scale is None else args.guidance_scale,
+        args.seed,
+        tuple(args.prompt),
+        args.height,
+        args.width,
+    )
+
+
+def evaluation_folder(loaded: LoadedPipeline, args: argparse.Namespace) -> Path | None:
+    """Where the feature network and the reference statistics are; ``None`` where none fits the model."""
+    candidates = [args.evaluation] if args.evaluation else []
+    if args.model and not args.evaluation:
+        candidates.append(Path(args.model) / "evaluation")
+    for folder in candidates:
+        if (folder / "classifier.safetensors").is_file() and (folder / "reference.safetensors").is_file():
+            return folder
+    if args.evaluation:
+        raise ValueError(f"--evaluation: {args.evaluation} has no classifier.safetensors and reference.safetensors")
+    if not loaded.spec.evaluated:
+        return None
+    default = loaded.spec.default
+    return Path(default()) / "evaluation" if callable(default) else None
+
+
+def announce(loaded: LoadedPipeline, rows: int, args: argparse.Namespace) -> str:
+    """What is about to run, in a line or two."""
+    text = f"{loaded.name}: {rows} methods, {args.num_images} images each, on {loaded.pipeline.device}"
+    if loaded.name.startswith("toy-"):
+        text += "\nThis is a toy with random weights: it shows decisions and speed, not quality. See --model."
+    return text
