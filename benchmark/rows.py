@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from xfuser.config import CacheConfig
+from xfuser.config.cache import reads_calibration
 from xfuser.model_executor.cache.policies import POLICIES
 
 SUFFIX = "+AdaCorrection"
@@ -94,23 +95,35 @@ def uncached() -> Row:
 
 def rows_of(base: str, settings: dict[str, Any], corrected: bool, correction: Correction) -> list[Row]:
     """The rows of one base method under one name, which need not be the method's own."""
-    plain = CacheConfig(**settings)
+    plain = _readable(settings)
     approximation = correction.approximation
     rows = [Row(base, base, plain)]
     if not corrected:
         if approximation not in (None, plain.stand_in):
-            rows.append(Row(f"{base}[{approximation}]", base, replace(plain, approximation=approximation)))
+            rows.append(Row(f"{base}[{approximation}]", base, _readable(settings, approximation)))
         return rows
     # How the base method alone exchanges its sums is no concern of its reviewer.
     reviewed = {name: value for name, value in settings.items() if name != "sync"}
     config = CacheConfig(**(reviewed | {"approximation": approximation} | correction.settings))
     if config.stand_in not in ("activation", plain.stand_in):
-        rows.append(Row(f"{base}[{config.stand_in}]", base, replace(plain, approximation=config.stand_in)))
+        if config.stand_in == "fitted":
+            rows.append(Row(f"{base}[taylor-1]", base, _readable(settings, "taylor-1")))
+        rows.append(Row(f"{base}[{config.stand_in}]", base, _readable(settings, config.stand_in)))
     if correction.match_compute:
         _check_searchable(config)
     matched = config.mode == "budget" and config.adacorr_budget is None and not correction.match_compute
     opponent = Row(f"None[steps of {base}]", base, CacheConfig(), fewer_steps=True)
     return [*rows, Row(base + SUFFIX, base, config, matched, correction.match_compute), opponent]
+
+
+def _readable(settings: dict[str, Any], approximation: str | None = None) -> CacheConfig:
+    """A base method's settings; without the calibration where nothing of it would be read."""
+    without = {name: value for name, value in settings.items() if name != "calibration"}
+    if approximation != "fitted":
+        plain = CacheConfig(**without, approximation=approximation)
+        if not reads_calibration(plain.use_cache, plain.stand_in):
+            return plain
+    return CacheConfig(**settings, approximation=approximation)
 
 
 def _check_searchable(config: CacheConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from os import PathLike
 from typing import Any
 
 MODES = ("blend", "bound", "budget", "gate")
@@ -22,7 +23,7 @@ class CacheConfig:
     Args:
         use_cache: The base method: ``None`` (evaluate everything), ``"Fast"`` (FastCache, arXiv 2505.20353), ``"Tea"``
             (TeaCache, arXiv 2411.19108), ``"Fb"`` (First Block Cache) or ``"Interval"`` (every N-th step).
-        rel_l1_thresh: The base method's threshold, a relative distance without unit, at least 0. 0 never hits.
+        rel_l1_thresh: The base method's threshold, a relative distance without unit, at least 0. 0 never skips a block.
         motion_threshold: Fast: tokens that moved less, as a share of the fastest one's squared change, are not
             evaluated; at least 0. ``None`` and 0 evaluate all tokens, above 1 none is.
         significance: Fast: α of the χ² test, between 0 and 1.
@@ -77,7 +78,7 @@ class CacheConfig:
     interval: int = 3
     granularity: str = "layer"
     sync: str = "step"
-    calibration: str | None = None
+    calibration: str | PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         _one_of("adacorr_mode", self.adacorr_mode, (None, *MODES))
@@ -118,6 +119,14 @@ class CacheConfig:
             raise ValueError("granularity='token' belongs to adacorr_mode='gate'")
         if self.sync == "layer" and self.mode != "gate" and (self.use_cache, self.mode) != ("Fast", None):
             raise ValueError("sync='layer' belongs to use_cache='Fast' alone, or to adacorr_mode='gate'")
+        if self.approximation == "linear" and self.mode is not None:
+            raise ValueError("approximation='linear' belongs to a base method alone, not under AdaCorrection")
+        if self.calibration is not None and not isinstance(self.calibration, (str, PathLike)):
+            raise ValueError(f"calibration={self.calibration!r}: expected a file's path or 'first'")
+        if self.calibration is not None and not reads_calibration(self.use_cache, self.stand_in):
+            raise ValueError(
+                f"calibration: nothing reads it with use_cache={self.use_cache!r} and approximation={self.stand_in!r}"
+            )
         if self.approximation == "fitted" and self.calibration is None:
             raise ValueError("approximation='fitted' needs calibration: a file from `xdit calibrate`, or 'first'")
 
@@ -166,6 +175,11 @@ class CacheConfig:
         if unknown:
             raise TypeError(f"unknown cache setting {', '.join(unknown)}; known are {', '.join(known)}")
         return cls(**keywords)
+
+
+def reads_calibration(use_cache: str | None, stand_in: str) -> bool:
+    """Whether a base method or an approximation takes anything from a calibration."""
+    return use_cache in ("Fast", "Tea") or stand_in in ("fitted", "linear")
 
 
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

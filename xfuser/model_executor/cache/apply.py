@@ -67,6 +67,8 @@ def _attach(transformer: Any, config: CacheConfig, scheduler: Any) -> CacheEngin
 
 
 def _calibration(transformer: nn.Module, config: CacheConfig, scheduler: Any) -> Calibration | None:
+    if config.calibration is not None and scheduler is None and config.num_steps is None:
+        raise ValueError("calibration: the number of steps is unknown; set num_steps, or use apply_cache_on_pipeline")
     if config.calibration in (None, FIRST):
         return None
     calibration = Calibration.load(Path(config.calibration))

@@ -33,6 +33,7 @@ class Calibrator:
         self._blocks = blocks
         self._describe = describe
         self._records_all = False
+        self._by_steps: dict[int | None, Calibration] = {}
 
     def record(self) -> None:
         """From the next generation on, record all."""
@@ -46,25 +47,31 @@ class Calibrator:
         return self.recorder.calibration(self._describe() | {"num_steps": self.recorder.expected_steps})
 
     def before_generation(self, num_steps: int | None) -> bool:
-        """Take in the generation before, and prepare for one of so many steps; whether the calibration is new.
+        """Take in the generation before, and prepare for one of so many steps; whether `calibration` has changed.
 
         Raises:
             ValueError: The calibration is for another number of steps, or there is none and the number is unknown.
         """
-        learned = False
-        if self.recorder is not None and self.recorder.finish_generation() and self._first:
-            self.calibration, self.recorder = self.recorded(), None
-            learned = True
-        if self._records_all or (self._first and (self.calibration is None or self.calibration.steps != num_steps)):
+        self._take_in()
+        before = self.calibration
+        if self._first:
+            self.calibration = self._by_steps.get(num_steps)
+        if self._records_all or (self._first and self.calibration is None):
             if num_steps is None:
                 raise ValueError("calibration: the number of steps is unknown; set num_steps")
             if self.recorder is None or self.recorder.expected_steps != num_steps:
                 self.recorder = Recorder(self._blocks, num_steps)
-        elif self.calibration is not None:
-            self.calibration.check_steps(num_steps)
-        return learned
+        else:
+            self.recorder = None
+            if self.calibration is not None:
+                self.calibration.check_steps(num_steps)
+        return self.calibration is not before
 
-    def discard(self) -> None:
-        """Forget the generation that runs."""
-        if self.recorder is not None:
-            self.recorder.discard()
+    def settle(self) -> None:
+        """Take in the generation that has just ended, where it was whole; forget it where it was not."""
+        self._take_in()
+
+    def _take_in(self) -> None:
+        if self.recorder is not None and self.recorder.finish_generation() and self._first:
+            self._by_steps[self.recorder.expected_steps] = self.recorded()
+            self.recorder = None

@@ -23,7 +23,8 @@ SCHEMA = 1
 RUNS = 2  # rows behind the blocks' own: the run of all blocks, and of all but the first
 RIDGE = 1e-6  # of the mean squared residual; keeps nearly parallel residuals from taking huge opposite weights
 SMALLEST_ERROR = 1e-6
-WEIGHTS_TOLERANCE = 0.02  # precision moves a block's RMS weight far less, training far more
+SAMPLED_WEIGHTS = 8  # entries of each block's first matrix that tell one training from another
+WEIGHTS_TOLERANCE = 0.02  # of the matrix's RMS; half precision moves an entry far less
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,11 +60,12 @@ class Calibration:
         """The weights c of least Σ‖r_step − Σ_j c_j r_j‖², and the relative error that they leave."""
         gram, nodes_list = self.gram[row], list(nodes)
         inner = gram[nodes_list][:, nodes_list]
-        ridge = RIDGE * float(inner.diagonal().mean())
+        ridge = max(RIDGE * float(inner.diagonal().mean()), torch.finfo(inner.dtype).tiny)
         target = gram[nodes_list, step]
         best = torch.linalg.solve(inner + ridge * torch.eye(len(nodes), dtype=inner.dtype), target)
         left = float(gram[step, step] - 2 * best @ target + best @ inner @ best)
-        error = math.sqrt(max(left, 0.0) / float(self.output_square[row, step]))
+        scale = float(self.output_square[row, step])
+        error = math.sqrt(max(left, 0.0) / scale) if scale > 0 else 0.0
         return tuple(best.tolist()), max(error, SMALLEST_ERROR)
 
     def check(self, transformer: nn.Module, blocks: Sequence[nn.Module], scheduler: Any) -> None:
@@ -76,10 +78,7 @@ class Calibration:
         for name, value in ours.items():
             made_with = self.provenance.get(name)
             if name == "weights":
-                fits = len(made_with) == len(value) and all(
-                    math.isclose(a, b, rel_tol=WEIGHTS_TOLERANCE) for a, b in zip(made_with, value, strict=True)
-                )
-                if not fits:
+                if not _same_weights(made_with, value):
                     raise ValueError(
                         "calibration: it was made with other weights of this model; run `xdit calibrate` again"
                     )
@@ -126,7 +125,7 @@ class Calibration:
         try:
             tensors = load_file(path)
             provenance = json.loads(path.with_suffix(".json").read_text())
-            if provenance.pop("schema") != SCHEMA:
+            if not isinstance(provenance, dict) or provenance.pop("schema") != SCHEMA:
                 raise ValueError("another schema")
             maps = {}
             for name, value in tensors.items():
@@ -147,15 +146,29 @@ class Calibration:
 
 
 def describe_model(transformer: nn.Module, blocks: Sequence[nn.Module]) -> dict[str, Any]:
-    """What tells one model from another: class, blocks, and the RMS of each block's first weight matrix."""
-    matrices = [next(p for p in block.parameters() if p.dim() == 2) for block in blocks]
+    """What tells one model from another: class, blocks, and some entries of each block's first matrix, by its RMS."""
+    matrices = [next(p for p in block.parameters() if p.dim() == 2).detach() for block in blocks]
     return {
         "transformer": next(
             each.__name__ for each in type(transformer).__mro__ if each.__module__.startswith("diffusers")
         ),
         "blocks": len(blocks),
-        "weights": [float(matrix.detach().float().square().mean().sqrt()) for matrix in matrices],
+        "weights": [_entries(matrix) for matrix in matrices],
     }
+
+
+def _entries(matrix: torch.Tensor) -> list[float]:
+    places = torch.linspace(0, matrix.numel() - 1, SAMPLED_WEIGHTS).long().to(matrix.device)
+    sampled = matrix.flatten()[places].float() / matrix.float().square().mean().sqrt().clamp_min(1e-12)
+    return [round(float(value), 4) for value in sampled]
+
+
+def _same_weights(made_with: Any, ours: list[list[float]]) -> bool:
+    """Whether all sampled entries agree within the tolerance; anything else than lists of numbers does not."""
+    try:
+        return bool(np.allclose(np.array(made_with, dtype=float), np.array(ours), rtol=0, atol=WEIGHTS_TOLERANCE))
+    except (TypeError, ValueError):
+        return False
 
 
 class FittedWeights(Extrapolation):
@@ -196,9 +209,9 @@ class FittedWeights(Extrapolation):
 def fit_polynomial(changes: Sequence[tuple[float, float]], degree: int = 4) -> tuple[float, ...]:
     """TeaCache's rescaling (arXiv 2411.19108, section 3.3): from the signal's change to the output's."""
     points = np.array([point for point in changes if all(math.isfinite(value) for value in point)])
-    if len(points) < 2:
+    if len(points) < 2 or points[:, 0].max() <= 0:
         return (1.0, 0.0)
-    scale = float(points[:, 0].max()) or 1.0
+    scale = float(points[:, 0].max())
     fitted = np.polyfit(points[:, 0] / scale, points[:, 1], min(degree, max(1, len(points) // 4)))
     powers = np.arange(len(fitted))[::-1]
     return tuple(float(value) for value in fitted / scale**powers)

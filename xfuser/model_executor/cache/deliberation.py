@@ -125,7 +125,8 @@ class Deliberation:
             branch.maps = self._new_maps()
         nodes = tuple(branch.memory.nodes(unit) for unit in range(units))
         offset = self._score(*drift, inputs.shape[-1])
-        context = StepContext(call, proposals, nodes, self.run, probe_units, offset, self._lag(branch, call))
+        measured = tuple(branch.sampler.last_step(unit) for unit in range(units))
+        context = StepContext(call, proposals, nodes, self.run, probe_units, offset, self._lag(branch, call), measured)
         review = self.reviewer.review(branch.review_state, context)
         plan = review.plan.with_prefix(probe_units)
         if forced or not all(nodes[probe_units:]):
@@ -137,8 +138,10 @@ class Deliberation:
         self.policy.commit(branch.policy_state, proposed if self.reviewer.shadows_base else evaluated)
         return plan, review
 
-    def decide_layer(self, active: Active, unit: int, inputs: torch.Tensor) -> bool:
-        """Whether to evaluate one block, from its current input's sums: an exchange of its own (``sync="layer"``)."""
+    def decide_layer(self, active: Active, unit: int, inputs: torch.Tensor) -> tuple[bool, float]:
+        """Whether to evaluate one block, from its current input's sums: an exchange of its own (``sync="layer"``); and
+        the correction weight of what would stand in.
+        """
         branch = active.branch
         own = self.policy.layer_sums(branch.policy_state, unit, inputs.device)
         drift = torch.zeros(DRIFT, device=inputs.device)
@@ -149,10 +152,14 @@ class Deliberation:
         proposal = active.proposals[unit]
         if self.policy.observes_blocks:
             proposal = self.policy.propose_block(branch.policy_state, unit, reduced[: len(own)], active.call)
+            proposals = (*active.proposals[:unit], proposal, *active.proposals[unit + 1 :])
+            active.proposals, active.record.proposed = proposals, sum(proposals) / len(proposals)
+        weight = self.reviewer.error_weight(branch.review_state, unit)
         if not isinstance(self.reviewer, GateReviewer):
-            return proposal > 0
+            return proposal > 0, weight
         score = self._score(*reduced[len(own) :], inputs.shape[-1])
-        return self.reviewer.review_layer(branch.review_state, score, unit, branch.memory.nodes(unit), proposal)
+        nodes = branch.memory.nodes(unit)
+        return self.reviewer.review_layer(branch.review_state, score, unit, nodes, proposal), weight
 
     def stand_ins(self, active: Active, plan: StepPlan) -> dict[int, StandIn]:
         """What stands in for the units that the plan does not evaluate."""
@@ -167,16 +174,17 @@ class Deliberation:
         nodes = active.branch.memory.nodes(unit)
         return StandIn(unit, unit, self.approximation.weights(unit, active.call.step, nodes, weight))
 
-    def asking_tokens(self, active: Active, unit: int, inputs: torch.Tensor) -> TokenChoice | None:
+    def asking_tokens(self, active: Active, unit: int, streams: Streams) -> TokenChoice | None:
         """Tokens of an approximated block whose own drift asks for evaluation: γ_l·D_i² ≥ 1."""
         assert isinstance(self.reviewer, GateReviewer)
-        sensitivity = self.reviewer.token_sensitivity(active.branch.review_state, unit)
+        inputs, text = streams[0], sum(stream.shape[1] for stream in streams[1:])
+        sensitivity = self.reviewer.token_sensitivity(active.branch.review_state, unit, active.proposals[unit])
         reference = active.branch.memory.references[unit][0].inputs[0]
         drift = torch.linalg.vector_norm(inputs - reference, dim=-1, dtype=torch.float32)
         norm = torch.linalg.vector_norm(reference, dim=-1, dtype=torch.float32).mean()
         weights = sensitivity * (drift / norm).square()
         asking = weights >= 1
-        return TokenChoice.wanted(asking, weights) if bool(asking.any()) else None
+        return TokenChoice.wanted(asking, weights, text) if bool(asking.any()) else None
 
     def tell(self, branch: Branch) -> None:
         """An exchange of its own, for what the last step of a generation measured."""

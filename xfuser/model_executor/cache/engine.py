@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,10 +20,12 @@ from xfuser.model_executor.cache.deliberation import Deliberation
 from xfuser.model_executor.cache.flops import FlopCount, StepFlops
 from xfuser.model_executor.cache.partial import TokenRunner
 from xfuser.model_executor.cache.policies import build_policy
+from xfuser.model_executor.cache.recorder import Recorder
 from xfuser.model_executor.cache.standins import stand_in_outputs
 from xfuser.model_executor.cache.state import Active, Branch
 from xfuser.model_executor.cache.statistics import Statistics, StepRecord
 from xfuser.model_executor.cache.steps import BranchKey, Call, StepTracker
+from xfuser.model_executor.cache.tokens import TokenChoice
 
 
 class CacheEngine:
@@ -98,7 +101,7 @@ class CacheEngine:
 
     def reset(self) -> None:
         """Forget every remembered activation and every statistic. The next call starts a generation."""
-        self.calibrator.discard()
+        self.calibrator.settle()
         self._branches.clear()
         self._active = None
         self.tracker.reset()
@@ -147,6 +150,7 @@ class CacheEngine:
     # -- attaching ----------------------------------------------------------------------------------------------------
 
     def _attach(self) -> None:
+        self._tokens = TokenRunner.where_needed(self.config, self.declaration, self.blocks)
         self._had_registry = has_registry(self.transformer)
         self._root_arguments = BoundArguments(self.transformer.forward)
         self._block_arguments = [BoundArguments(block.forward) for block in self.blocks]
@@ -156,7 +160,6 @@ class CacheEngine:
             self._replacements.append(Replacement(self.transformer, "cache_context", wrap))
         for index, block in enumerate(self.blocks):
             self._replacements.append(Replacement(block, "forward", self._block_wrapper(index)))
-        self._tokens = TokenRunner.where_needed(self.config, self.declaration, self.blocks)
         if self._tokens is not None:
             self._replacements += self._tokens.attach()
 
@@ -191,7 +194,11 @@ class CacheEngine:
         call = self.tracker.begin(timestep, sample, self._context, conditioning)
         self._num_steps = call.num_steps
         if call.starts_generation:
-            self._start_generation(args, kwargs)
+            try:
+                self._start_generation(args, kwargs)
+            except ValueError:
+                self._start_afresh()
+                raise
         active = self._open(call)
         signature = _signature(args, kwargs)
         try:
@@ -199,7 +206,7 @@ class CacheEngine:
                 active.block_flops = [0.0] * len(self.blocks)
                 with FlopCount() as self._counter:
                     output = original(*args, **kwargs)
-                total = float(self._counter.total) - active.signal_flops
+                total = float(self._counter.total) - active.signal_flops - active.recorder_flops
                 self._flops[signature] = StepFlops(tuple(active.block_flops), total, active.signal_flops)
             else:
                 output = original(*args, **kwargs)
@@ -227,6 +234,7 @@ class CacheEngine:
         )
         reviewer = self.deliberation.reviewer
         by_block = reviewer.blends or self.policy.observes_blocks or reviewer.measures
+        by_block = by_block or self.config.stand_in == "linear"
         self._units = self._cut(one_by_one=added or (by_block and not reviewer.whole_steps))
 
     def _cut(self, one_by_one: bool) -> list[tuple[int, int]]:
@@ -262,8 +270,7 @@ class CacheEngine:
         if index == 0:
             active.first_inputs, active.first_arguments = streams, arguments.named(args, kwargs)
             if recorder is not None:
-                modulated = self.declaration.modulated_input(self.blocks[0], active.first_arguments)
-                recorder.signal(active.call.branch, modulated)
+                self._record_signal(active, recorder)
             if self.policy.probe_blocks == 0:
                 self._decide(active, None)
         if index <= active.skip_until:
@@ -277,8 +284,10 @@ class CacheEngine:
             if unit in active.stand_ins:
                 return self.declaration.pack(self._stand_in(active, unit, streams, original, args, kwargs))
             active.unit_inputs = streams
-            if active.tokens is not None and self._tokens is not None and self._tokens.ready(active, unit):
-                return self.declaration.pack(self._evaluate_some(active, unit, streams, original, args, kwargs))
+            tokens = active.tokens
+            if tokens is not None and self._tokens is not None and self._tokens.ready(active, unit):
+                some = self._evaluate_some(active, unit, tokens, streams, original, args, kwargs)
+                return self.declaration.pack(some)
         output = self._evaluate(active, index, original, args, kwargs)
         if recorder is not None:
             recorder.collect(active.call.branch, index, streams, self.declaration.unpack(output, streams))
@@ -290,6 +299,12 @@ class CacheEngine:
         if index == 0 and self.policy.probe_blocks == 1:
             self._decide(active, self.declaration.unpack(output, streams))
         return output
+
+    def _record_signal(self, active: Active, recorder: Recorder) -> None:
+        before = 0 if active.block_flops is None else self._counter.total
+        recorder.signal(active.call.branch, self.declaration.modulated_input(self.blocks[0], active.first_arguments))
+        if active.block_flops is not None:
+            active.recorder_flops = float(self._counter.total - before)
 
     def _evaluate(
         self, active: Active, index: int, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -313,9 +328,9 @@ class CacheEngine:
         kwargs: dict[str, Any],
     ) -> Streams:
         if self._tokens is not None and self.config.granularity == "token" and self._tokens.ready(active, unit):
-            active.tokens = self.deliberation.asking_tokens(active, unit, streams[0])
-            if active.tokens is not None:
-                return self._evaluate_some(active, unit, streams, original, args, kwargs)
+            tokens = self.deliberation.asking_tokens(active, unit, streams)
+            if tokens is not None:
+                return self._evaluate_some(active, unit, tokens, streams, original, args, kwargs)
         each = active.stand_ins[unit]
         first_block, active.skip_until = self._units[unit][0], self._units[each.last][1]
         for block in range(first_block, active.skip_until + 1):
@@ -326,6 +341,7 @@ class CacheEngine:
         self,
         active: Active,
         unit: int,
+        tokens: TokenChoice,
         streams: Streams,
         original: Callable[..., Any],
         args: tuple[Any, ...],
@@ -335,19 +351,18 @@ class CacheEngine:
         assert self._tokens is not None
         memory, block = active.branch.memory, self._units[unit][0]
         arguments = self._block_arguments[block]
-        fresh, share = self._tokens.evaluate_some(active, block, streams, arguments, original, args, kwargs)
+        tokens, fresh = self._tokens.evaluate_some(active, tokens, streams, arguments, original, args, kwargs)
         each = self.deliberation.stand_in_of(active, unit)
         standing = stand_in_outputs(each, streams, memory, active.branch.maps)
-        outputs = (active.tokens.put(standing[0], fresh[0]), *fresh[1:])
-        active.record.evaluated[block] = share
-        memory.store(unit, active.call.step, streams, outputs)
-        return outputs
+        active.record.evaluated[block] = tokens.share
+        memory.store_some(unit, active.call.step, tokens, streams, standing, fresh, active.branch.maps is None)
+        return (tokens.put(standing[0], fresh[0]), *fresh[1:])
 
     def _finish_unit(self, active: Active, unit: int, output: Any) -> Any:
         branch, step = active.branch, active.call.step
         memory = branch.memory
         inputs, outputs = active.unit_inputs, self.declaration.unpack(output, active.unit_inputs)
-        if isinstance(self.deliberation.reviewer, BlendReviewer):
+        if isinstance(self.deliberation.reviewer, BlendReviewer) and self.calibrator.recorder is None:
             correction = self.deliberation.reviewer.correct(
                 branch.review_state, unit, step, inputs, outputs, memory, self.exchange
             )
@@ -385,7 +400,9 @@ class CacheEngine:
                     active.record.weights[block] = plan.weights[index]
 
     def _decide_layer(self, active: Active, unit: int, streams: Streams) -> None:
-        if not self.deliberation.decide_layer(active, unit, streams[0]):
+        evaluate, weight = self.deliberation.decide_layer(active, unit, streams[0])
+        active.record.weights[unit] = math.nan if evaluate else weight
+        if not evaluate:
             active.stand_ins[unit] = self.deliberation.stand_in_of(active, unit)
 
     def _flush(self) -> None:

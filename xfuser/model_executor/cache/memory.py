@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from xfuser.model_executor.adapters import Streams
+from xfuser.model_executor.cache.tokens import TokenChoice
 
 
 @dataclass(eq=False)
@@ -45,6 +46,27 @@ class BranchMemory:
 
     def store(self, unit: int, step: int, inputs: Streams, outputs: Streams) -> None:
         self.references[unit].appendleft(Reference(step, _detached(inputs), _detached(outputs)))
+
+    def store_some(
+        self,
+        unit: int,
+        step: int,
+        tokens: TokenChoice,
+        inputs: Streams,
+        standing: Streams,
+        fresh: Streams,
+        extrapolated: bool,
+    ) -> None:
+        """Remember an evaluation of some image tokens and all text.
+
+        The other tokens keep the input of their own last evaluation, so that their drift goes on adding up. Their
+        residual is the one that stood in where that lies on the line that is extrapolated on, else the one they had.
+        """
+        newest = self.references[unit][0]
+        kept = standing[0] - inputs[0] if extrapolated else newest.outputs[0] - newest.inputs[0]
+        before = tokens.put(newest.inputs[0], tokens.take(inputs[0]))
+        after = tokens.put(newest.inputs[0] + kept, fresh[0])
+        self.store(unit, step, (before, *inputs[1:]), (after, *fresh[1:]))
 
     def clear(self) -> None:
         for history in self.references:

@@ -13,6 +13,7 @@ from xfuser.core.attention import RememberedAttention
 from xfuser.model_executor.adapters import BoundArguments, ModelDeclaration, Streams
 from xfuser.model_executor.cache.attach import Replacement
 from xfuser.model_executor.cache.state import Active
+from xfuser.model_executor.cache.tokens import TokenChoice
 
 
 class TokenRunner:
@@ -59,32 +60,27 @@ class TokenRunner:
     def evaluate_some(
         self,
         active: Active,
-        block: int,
+        tokens: TokenChoice,
         streams: Streams,
         arguments: BoundArguments,
         original: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> tuple[Streams, float]:
-        """The outputs of the chosen image tokens and of all text, and the share of all tokens that this is."""
-        tokens = active.tokens
-        assert tokens is not None
+    ) -> tuple[TokenChoice, Streams]:
+        """The tokens evaluated, at least the chosen ones, and the outputs of these and of all text."""
         text = sum(stream.shape[1] for stream in streams[1:])
         new: dict[str, Any] = {}
         if self.declaration.per_token:
-            active.tokens = tokens = tokens.shared()
+            tokens = tokens.shared()
             rows = self._rows(tokens.places[0], text, tokens.tokens)
             for name in self.declaration.per_token:
                 new[name] = _rows_of(arguments.read(name, args, kwargs), rows)
-        share = (tokens.places.shape[1] + text) / (tokens.tokens + text)
-        if tokens.places.shape[1] == 0 and text == 0:
-            return (streams[0][:, :0],), 0.0
         chosen = (tokens.take(streams[0]), *streams[1:])
         new |= dict(zip(self.declaration.streams, chosen, strict=True))
         args, kwargs = arguments.replaced(args, kwargs, new)
         with self.attention.block(active.branch.keys, tokens.places, self.declaration.text_first):
             output = original(*args, **kwargs)
-        return self.declaration.unpack(output, chosen), share
+        return tokens, self.declaration.unpack(output, chosen)
 
     def _rows(self, places: torch.Tensor, text: int, image: int) -> torch.Tensor:
         """Places of text and chosen image tokens in the order of joint attention."""

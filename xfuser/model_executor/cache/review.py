@@ -24,6 +24,7 @@ class StepContext:
         offset: Offset score S of the input of the first unit that may be skipped, against the last whole evaluation;
             NaN where there is none.
         offset_lag: Steps since that evaluation.
+        measured: Per unit, the step of its last evaluation on all tokens, where evaluations are measured.
     """
 
     call: Call
@@ -33,6 +34,7 @@ class StepContext:
     probed: int
     offset: float = math.nan
     offset_lag: int = 0
+    measured: tuple[int | None, ...] = ()
 
     @property
     def units(self) -> int:

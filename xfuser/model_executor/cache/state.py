@@ -68,3 +68,4 @@ class Active:
     skip_until: int = -1
     block_flops: list[float] | None = None
     signal_flops: float = 0.0
+    recorder_flops: float = 0.0

@@ -65,7 +65,7 @@ SHORT = {"max_sequence_length": 64}
 
 MODEL_TYPES = {
     "tiny-dit": ModelType(
-        (DiTPipeline,), shipped_tiny_dit, "label", 1.5, {"Fast": 0.015, "Tea": 0.06, "Fb": 0.05}, evaluated=True
+        (DiTPipeline,), shipped_tiny_dit, "label", 1.5, {"Fast": 0.016, "Tea": 0.06, "Fb": 0.05}, evaluated=True
     ),
     "dit": ModelType((DiTPipeline,), "facebook/DiT-XL-2-256", "label", 1.5, {"Fast": 0.05, "Tea": 0.1, "Fb": 0.08}),
     "flux": ModelType(

@@ -81,7 +81,7 @@ class BudgetReviewer(Reviewer):
         share = self.config.adacorr_budget
         if share is None:
             share = (whole * self._expected_proposals(state, call) + context.probed) / context.blocks
-        if whole == 0 or share >= 1:
+        if whole == 0 or share >= 1 or not context.nodes[-1]:
             return True
         if call.num_steps is None:
             rate = (share * context.blocks - context.probed) / whole
@@ -93,9 +93,7 @@ class BudgetReviewer(Reviewer):
                 return affordable >= 0.5
             if affordable - 1 > left - 1.5:  # otherwise the rest of the budget would be left over
                 return True
-            rate = refresh_rates(call.step, left - 1, call.num_steps, max(affordable - 1, 0.0))[0]
-        if len(context.nodes[-1]) <= min(self.order, 1):
-            return True
+            rate = refresh_rates(call.step, left - 1, call.num_steps, max(affordable - 1, 0.0), share)[0]
         if rate >= 1 - ROUNDING:
             return True
         state.phase += max(rate, 0.0) * min(max(demand, 0.5), 2.0)

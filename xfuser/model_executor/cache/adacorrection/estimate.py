@@ -13,7 +13,8 @@ NEWEST_SHARE = 0.5
 # How much of what refreshed layers show in common is believed of layers that were not refreshed.
 SHARED_SURPRISE = 0.5
 SMALLEST_ERROR = 1e-9
-WEIGHT_MEMORY = 0.7  # share of the older evaluations in the correction weight
+WEIGHT_MEMORY = 0.5  # share of the older evaluations in the correction weight
+WEIGHT_START = 0.75  # before anything was seen: a full extrapolation from two early steps overshoots
 
 
 class ErrorEstimate:
@@ -27,20 +28,18 @@ class ErrorEstimate:
     def __init__(self, order: int) -> None:
         self.order = order
         self._levels: dict[tuple[int, int], float] = {}
-        self._cross = 0.0
-        self._square = 0.0
+        self._weight = WEIGHT_START
+        self._evidence = 1.0
 
     @property
     def weight(self) -> float:
         """The correction weight w: how much of the stand-in's highest term would have been right, 0 to 1.
 
-        The least-squares answer of the evaluations so far, min_w Σ‖r − r̂ − w·x‖² with x the highest term, recent ones
-        counting more, of the whole run of blocks where it was evaluated as a whole. One weight for all layers, so that
-        their stand-ins merge into one.
+        The mean, recent evaluations counting more, of each one's least-squares answer min_w Σ‖r − r̂ − w·x‖², x the
+        highest term, of the whole run of blocks where it was evaluated as a whole. Every evaluation counts alike: early
+        ones move more, but tell less of the later ones. One weight for all layers, so that their stand-ins merge.
         """
-        if self._square <= 0:
-            return 1.0
-        return min(max(self._cross / self._square, 0.0), 1.0)
+        return min(max(self._weight, 0.0), 1.0)
 
     def observe(self, observations: list[Observation]) -> None:
         """Learn from one step's evaluations."""
@@ -64,11 +63,11 @@ class ErrorEstimate:
         self._learn_weight([each.row for each in full if each.is_run] or [each.row for each in full])
 
     def _learn_weight(self, rows: list[OffsetRow]) -> None:
-        if rows:
-            cross = sum(row.cross / row.output_square for row in rows)
-            square = sum(row.highest_square / row.output_square for row in rows)
-            self._cross = WEIGHT_MEMORY * self._cross + cross
-            self._square = WEIGHT_MEMORY * self._square + square
+        cross = sum(row.cross / row.output_square for row in rows)
+        square = sum(row.highest_square / row.output_square for row in rows)
+        if square > 0:
+            self._evidence = WEIGHT_MEMORY * self._evidence + 1
+            self._weight += (cross / square - self._weight) / self._evidence
 
     def predict(self, unit: int, order: int, remainder: float) -> float:
         """Expected relative error of the unit's stand-in; NaN while nothing is known of that order."""

@@ -95,19 +95,23 @@ class GateReviewer(Reviewer):
     def predict(self, state: GateState, context: StepContext, unit: int, unusual: float) -> float:
         """γ times the error that the unit's stand-in would have; NaN where nothing is known."""
         nodes, gate = context.nodes[unit], state.layers.get(unit)
-        lag = context.call.step - nodes[0] if nodes else 0
-        if gate is None or len(nodes) <= self.approximation.order or lag > LONGEST_LAG:
+        last = context.measured[unit]
+        lag = 0 if last is None else context.call.step - last
+        if gate is None or last is None or len(nodes) <= self.approximation.order or lag > LONGEST_LAG:
             return math.nan
         return self.config.adacorr_gamma * gate.sensitivity * gate.rate * lag**2 * unusual
 
-    def token_sensitivity(self, state: GateState, unit: int) -> float:
+    def token_sensitivity(self, state: GateState, unit: int, proposal: float) -> float:
         """γ_l: by how much to multiply a token's own relative squared drift for its correction weight."""
-        gate = state.layers.get(unit)
-        if gate is None or self.config.tolerance <= 0:
+        gate, tolerated = state.layers.get(unit), self._tolerated(proposal)
+        if gate is None or tolerated <= 0:
             return math.inf
-        return self.config.adacorr_gamma * gate.sensitivity / self.config.tolerance
+        return self.config.adacorr_gamma * gate.sensitivity / tolerated
 
     def _gate(self, predicted: float, proposal: float) -> float:
         """The correction weight: 1 evaluates."""
-        tolerated = self.config.tolerance * (1 - 0.5 * proposal)
+        tolerated = self._tolerated(proposal)
         return 1.0 if tolerated <= 0 else correction_weight(predicted, 1 / tolerated)
+
+    def _tolerated(self, proposal: float) -> float:
+        return self.config.tolerance * (1 - 0.5 * proposal)

@@ -31,6 +31,7 @@ class LayerState:
     inputs: torch.Tensor | None = None
     step: int = -1
     lag: int = 1
+    elements: float = 1.0
     sums: torch.Tensor | None = None
     changes: list[float] = field(default_factory=list)
     warmup: list[float] = field(default_factory=list)
@@ -79,7 +80,8 @@ class FastPolicy(Policy):
         outputs: Streams | None,
     ) -> torch.Tensor:
         if self.config.motion_threshold:
-            state.tokens = TokenChoice.moving(inputs[0], state.first_inputs, self.config.motion_threshold)
+            text = sum(stream.shape[1] for stream in inputs[1:])
+            state.tokens = TokenChoice.moving(inputs[0], state.first_inputs, self.config.motion_threshold, text)
             state.first_inputs = inputs[0].detach()
         nothing = torch.zeros(LAYER_SUMS, device=inputs[0].device)
         told = []
@@ -105,26 +107,30 @@ class FastPolicy(Policy):
         """The share of tokens to evaluate in this block, from its sums over all ranks; 0 skips it."""
         layer = state.layer(block)
         change, scale, elements = sums
-        if scale > 0 and math.isfinite(change + scale):
+        if not math.isfinite(change + scale):
+            return 1.0
+        if scale > 0:
+            layer.elements = elements
             layer.changes.append(change / scale / layer.lag**2)
-            if call.step <= WARMUP_STEPS:
+            # The sums of a step are judged in the next one, or at once.
+            if call.step < WARMUP_STEPS + (self.config.sync == "step"):
                 layer.warmup.append(layer.changes[-1])
         if call.step < WARMUP_STEPS or not layer.changes:
             return 1.0
-        if self._is_noise(layer, block, elements, call):
+        if self._is_noise(layer, block, call):
             return 0.0
         return 1.0 if state.tokens is None else state.tokens.share
 
     def choose_tokens(self, state: FastState, call: Call) -> TokenChoice | None:
         return None if call.step < WARMUP_STEPS else state.tokens
 
-    def _is_noise(self, layer: LayerState, block: int, elements: float, call: Call) -> bool:
+    def _is_noise(self, layer: LayerState, block: int, call: Call) -> bool:
         square = layer.changes[-1]
         noise = self.calibration.noise[block] if self.calibration else fmean(layer.warmup or layer.changes)
         limit = self.config.rel_l1_thresh
         if self.config.adaptive_threshold:
             limit = min(limit, _adaptive(layer.changes, call))
-        return math.sqrt(square) < limit and square <= noise * _quantile(int(elements), self.config.significance)
+        return math.sqrt(square) < limit and square <= noise * _quantile(int(layer.elements), self.config.significance)
 
 
 def _adaptive(changes: list[float], call: Call) -> float:

@@ -1,0 +1,558 @@
+"""FastCache: its χ² test and its thresholds by hand, its linear maps, and what it may never change or leave behind."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chi2
+from torch import nn
+from toys import (
+    ALL_FAMILIES,
+    ALWAYS,
+    FAMILIES,
+    SCRIPTED,
+    ScriptedTransformer,
+    Toy,
+    attached,
+    counted,
+    growing_values,
+    scripted_engine,
+)
+
+from xfuser.config import CacheConfig
+from xfuser.model_executor.adapters import dit as dit_adapter
+from xfuser.model_executor.cache import CacheEngine
+from xfuser.model_executor.cache.calibration import Calibration
+from xfuser.model_executor.cache.linear import FULL_CHANNELS, RIDGE, LinearMap, LinearMaps
+from xfuser.model_executor.cache.memory import Reference
+from xfuser.model_executor.cache.policies.fast import FastPolicy, FastState
+from xfuser.model_executor.cache.steps import Call
+
+STEPS = 5
+LONG = 12
+# Below some of the changes that each toy shows in LONG steps, with α = 0, which leaves the decision to the threshold.
+SOME: dict[str, dict[str, Any]] = {
+    "dit": {"rel_l1_thresh": 0.1, "significance": 0},
+    "flux": {"rel_l1_thresh": 0.048, "significance": 0},
+    "pixart": {"rel_l1_thresh": 0.05, "significance": 0},
+    "sd3": {"rel_l1_thresh": 0.045, "significance": 0},
+}
+QUANTILE = 18.307038 / 10  # of χ² with 10 degrees of freedom at 95%, divided by them, as printed in tables
+MEDIAN = 9.341818 / 10
+ELEMENTS = 10.0
+
+
+def policy_of(calibration: Calibration | None = None, blocks: int = 1, **settings: Any) -> FastPolicy:
+    settings = {"rel_l1_thresh": 10.0} | settings
+    return FastPolicy(CacheConfig(use_cache="Fast", **settings), dit_adapter.DECLARATION, blocks, calibration)
+
+
+def call_at(step: int, num_steps: int | None = None) -> Call:
+    return Call(step, ("0",), False, num_steps)
+
+
+def judged(policy: FastPolicy, state: FastState, step: int, square: float, num_steps: int | None = None) -> float:
+    """What the policy proposes for a block whose input's squared relative change was this."""
+    return policy.propose_block(state, 0, [square * 100, 100.0, ELEMENTS], call_at(step, num_steps))
+
+
+def warmed(policy: FastPolicy, *squares: float) -> FastState:
+    state = policy.new_state()
+    for step, square in enumerate(squares, start=2):
+        judged(policy, state, step, square)
+    return state
+
+
+# -- never ---------------------------------------------------------------------------------------------------------
+
+
+NEVER: dict[str, dict[str, Any]] = {
+    "alone": {},
+    "no token stands still": {"motion_threshold": 0, "sync": "layer"},
+    "any significance": {"significance": 0, "adaptive_threshold": True, "motion_threshold": 0.0},
+    "matched budget": {"enable_adacorrection": True},
+    "no tolerance": {"enable_adacorrection": True, "motion_threshold": 0.3, "adacorr_tolerance": 0},
+}
+
+
+@pytest.mark.parametrize("settings", NEVER.values(), ids=NEVER)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_a_threshold_of_0_changes_no_bit(toy: Toy, settings: dict[str, Any]) -> None:
+    expected = toy.plain_images(STEPS, batch=2)
+    level = "transformer" if settings == {} else "pipeline"
+    with attached(toy.pipeline, level, "Fast", rel_l1_thresh=0, **settings) as engine:
+        images = toy.images(STEPS, batch=2)
+        summary = engine.summary()
+    assert np.array_equal(images, expected)
+    assert (summary["hit_rate"], summary["flops_saved"]) == (0, 0)
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_a_higher_one_does_change_them(toy: Toy) -> None:
+    """Else the test above would hold for blocks that contribute nothing."""
+    expected = toy.plain_images(LONG)
+    with counted(toy) as counts, attached(toy.pipeline, "pipeline", "Fast", **SOME[toy.family]) as engine:
+        images = toy.images(LONG)
+        summary = engine.summary()
+    assert 0.2 < summary["hit_rate"] < 0.75
+    assert summary["hit_rate"] == pytest.approx(1 - sum(counts) / (LONG * len(counts)))
+    assert 1e-5 < np.abs(images - expected).mean() < 0.1
+    (plan,) = summary["plan"].values()
+    assert all(all(row) for row in plan[:3])
+
+
+# -- the test ------------------------------------------------------------------------------------------------------
+
+
+def test_a_change_within_the_noise_is_skipped() -> None:
+    """Warm-up changes of 0.01 and 0.02: noise 0.015, and the limit 0.015 · 1.8307 = 0.027461."""
+    policy = policy_of()
+    state = policy.new_state()
+    assert judged(policy, state, 2, 0.01) == 1
+    assert judged(policy, state, 3, 0.02) == 0
+    assert judged(policy, state, 4, 0.0274) == 0
+    assert judged(policy, state, 5, 0.0275) == 1
+    # Later changes are judged by the warm-up's noise, not by their own.
+    assert judged(policy, state, 6, 0.0274) == 0
+    assert judged(policy, state, 7, 0.0) == 0
+
+
+@pytest.mark.parametrize(("significance", "quantile"), [(0.05, QUANTILE), (0.5, MEDIAN)])
+def test_the_limit_is_the_quantile(significance: float, quantile: float) -> None:
+    """A larger α tolerates less."""
+    policy = policy_of(significance=significance)
+    state = warmed(policy, 0.02, 0.02)
+    assert judged(policy, state, 4, 0.02 * quantile * 0.999) == 0
+    assert judged(policy, state, 5, 0.02 * quantile * 1.001) == 1
+
+
+@pytest.mark.parametrize(("significance", "skips"), [(0.0, 0.0), (1.0, 1.0)])
+def test_the_limits_of_alpha(significance: float, skips: float) -> None:
+    policy = policy_of(significance=significance)
+    assert judged(policy, warmed(policy, 0.02, 0.02), 4, 0.02) == skips
+
+
+def test_the_quantile_of_many_elements_is_about_1() -> None:
+    """Which is why the published test, without a noise variance, passes everything."""
+    policy = policy_of()
+    elements = 256 * 1152
+    limit = 0.01 * chi2.ppf(0.95, elements) / elements
+    assert limit == pytest.approx(0.01 * 1.0043, abs=1e-6)
+    state = policy.new_state()
+    for step, (square, proposal) in enumerate(((0.01, 1), (0.01, 0), (limit * 0.9999, 0), (limit * 1.0001, 1)), 2):
+        assert policy.propose_block(state, 0, [square * 7, 7.0, float(elements)], call_at(step)) == proposal
+
+
+def test_the_noise_of_a_calibration_replaces_the_warm_up() -> None:
+    nothing = torch.zeros(3, 1, 1, dtype=torch.float64)
+    calibration = Calibration(nothing, nothing[..., 0], (0.001,), (1.0, 0.0), {}, {})
+    policy = policy_of(calibration)
+    state = warmed(policy, 0.02, 0.02)
+    assert judged(policy, state, 4, 0.001 * QUANTILE * 0.999) == 0
+    assert judged(policy, state, 5, 0.001 * QUANTILE * 1.001) == 1
+
+
+def test_rel_l1_thresh_bounds_the_change_as_well() -> None:
+    policy = policy_of(rel_l1_thresh=0.15)
+    state = warmed(policy, 0.02, 0.02)
+    assert judged(policy, state, 4, 0.1499**2) == 0
+    assert judged(policy, state, 5, 0.1501**2) == 1
+
+
+def test_the_first_three_steps_are_evaluated() -> None:
+    policy = policy_of(rel_l1_thresh=ALWAYS)
+    state = policy.new_state()
+    assert [judged(policy, state, step, 0.0) for step in (1, 2, 3)] == [1, 1, 0]
+
+
+def test_a_block_that_was_never_seen_twice_is_evaluated() -> None:
+    policy = policy_of(rel_l1_thresh=ALWAYS)
+    assert policy.propose_block(policy.new_state(), 0, [0.0, 0.0, 0.0], call_at(5)) == 1
+
+
+@pytest.mark.parametrize("sums", [[math.nan, 100.0], [100.0, math.nan], [math.inf, 100.0], [1.0, math.inf]])
+def test_sums_that_are_not_finite_evaluate(sums: list[float]) -> None:
+    """Whatever was small before: nothing is known of what is there now."""
+    policy = policy_of(rel_l1_thresh=ALWAYS)
+    state = warmed(policy, 0.02, 0.02, 0.01)
+    assert policy.propose_block(state, 0, [*sums, ELEMENTS], call_at(5)) == 1
+    assert judged(policy, state, 6, 0.01) == 0
+
+
+def test_a_block_that_was_not_seen_is_judged_as_before() -> None:
+    """Sums of zero say that the block's input went by unseen (AdaCorrection took a whole stack at once)."""
+    policy = policy_of()
+    state = warmed(policy, 0.02, 0.02)
+    square = 0.02 * QUANTILE * 1.2
+    assert judged(policy, state, 4, square) == 1
+    assert policy.propose_block(state, 0, [0.0, 0.0, 0.0], call_at(5)) == 1
+
+
+def test_the_adaptive_threshold() -> None:
+    """β₀ + β₁·var + β₂·t + β₃·t² = 0.01 + 0.5·0.0025 - 0.002·0.4 + 0.00005·0.16 = 0.010458 at step 4 of 10.
+
+    The variance is that of δ = 0.1 and 0.2 and of the one that is judged, so the limit is solved for.
+    """
+    policy = policy_of(adaptive_threshold=True)
+
+    def limit(delta: float, time: float) -> float:
+        mean = (0.1 + 0.2 + delta) / 3
+        variance = ((0.1 - mean) ** 2 + (0.2 - mean) ** 2 + (delta - mean) ** 2) / 3
+        return 0.01 + 0.5 * variance - 0.002 * time + 5e-5 * time**2
+
+    assert limit(0.15, 0.0) == pytest.approx(0.01 + 0.5 * 0.005 / 3)
+    for num_steps, time in ((10, 0.4), (None, 0.0)):
+        # Where the limit crosses the change itself: bisection.
+        low, high = 0.0, 0.1
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if middle < limit(middle, time) else (low, middle)
+        for factor, proposal in ((0.999, 0), (1.001, 1)):
+            state = warmed(policy, 0.01, 0.04)
+            assert judged(policy, state, 4, (low * factor) ** 2, num_steps) == proposal
+
+
+def test_the_adaptive_threshold_never_raises_the_other() -> None:
+    policy = policy_of(adaptive_threshold=True, rel_l1_thresh=0.001)
+    assert judged(policy, warmed(policy, 0.01, 0.04), 4, 0.002**2, 10) == 1
+
+
+def test_a_change_over_several_steps_counts_by_the_step() -> None:
+    """δ of 0.3 over 3 steps is 0.1 a step: δ² = 0.01."""
+    policy = policy_of()
+    state = policy.new_state()
+    inputs = torch.full((1, 5, 2), 2.0)
+    policy.observe(state, 0, inputs, 0)
+    assert state.layer(0).sums is None
+    policy.observe(state, 0, inputs * 1.1, 1)
+    assert (state.layer(0).lag, state.layer(0).sums.tolist()) == (1, pytest.approx([0.4, 40.0, 10.0], rel=1e-5))
+    policy.observe(state, 0, inputs * 1.1 * 1.3, 4)
+    told = policy.measure(state, torch.nn.Identity(), {}, (inputs,), None).tolist()
+    assert told == pytest.approx([0.09 * 48.4, 48.4, 10.0], rel=1e-5)
+    policy.propose_blocks(state, told, call_at(5))
+    assert state.layer(0).changes == pytest.approx([0.01], rel=1e-5)
+    # Told once: the next step without an observation has nothing to tell.
+    assert policy.measure(state, torch.nn.Identity(), {}, (inputs,), None).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_inputs_of_another_shape_are_not_compared() -> None:
+    policy = policy_of()
+    state = policy.new_state()
+    policy.observe(state, 0, torch.ones(1, 5, 2), 0)
+    policy.observe(state, 0, torch.ones(2, 5, 2), 1)
+    assert state.layer(0).sums is None
+
+
+# -- which step's sums ---------------------------------------------------------------------------------------------
+
+FACTORS = [1.1, 1.1, 1.1, 1.5, 1.1, 1.1, 1.1]
+
+
+@pytest.mark.parametrize(("sync", "jump_is_seen_at"), [("layer", 4), ("step", 5)])
+def test_the_jump_is_seen_at_once_or_a_step_later(sync: str, jump_is_seen_at: int) -> None:
+    """Changes of 0.1, and one of 0.5 from step 3 to step 4. 32 elements: the noise's quantile is 1.44."""
+    transformer = ScriptedTransformer(lambda step: 0.0, lambda step: 0.0)
+    engine = scripted_engine(transformer, use_cache="Fast", rel_l1_thresh=ALWAYS, sync=sync)
+    transformer.run(growing_values(FACTORS))
+    summary = engine.summary()
+    engine.remove()
+    evaluated = [step for step, row in enumerate(summary["plan"]["0"]) if any(row)]
+    assert all(row[0] == row[1] for row in summary["plan"]["0"])
+    assert evaluated == [0, 1, 2, jump_is_seen_at]
+    assert [block.calls for block in transformer.blocks] == [4, 4]
+
+
+@pytest.mark.parametrize("sync", ["layer", "step"])
+def test_what_was_proposed_is_what_was_done(sync: str) -> None:
+    """Alone, Fast's proposals are obeyed. The jump comes at the last step, which only ``layer`` can see."""
+    transformer = ScriptedTransformer(lambda step: 0.0, lambda step: 0.0)
+    engine = scripted_engine(transformer, use_cache="Fast", rel_l1_thresh=ALWAYS, sync=sync)
+    transformer.run(growing_values([*[1.1] * 6, 1.5]))
+    summary = engine.summary()
+    engine.remove()
+    assert summary["proposed_share"] == pytest.approx(1 - summary["hit_rate"])
+
+
+@pytest.mark.parametrize("sync", ["layer", "step"])
+def test_blocks_are_judged_apart(sync: str) -> None:
+    """The first block adds a jump at step 4, which the second one's input shows."""
+    transformer = ScriptedTransformer(lambda step: 4.0 * (step >= 4), lambda step: 0.0)
+    engine = scripted_engine(transformer, use_cache="Fast", rel_l1_thresh=0.105, sync=sync, approximation="residual")
+    # At step 4 the input's own change makes both blocks run; afterwards the second one's input has jumped.
+    transformer.run(growing_values([1.1, 1.1, 1.1, 1.11, 1.1, 1.1, 1.1]))
+    plan = engine.summary()["plan"]["0"]
+    engine.remove()
+    first, second = ([step for step, row in enumerate(plan) if row[block]] for block in (0, 1))
+    assert first == [0, 1, 2, 4 if sync == "layer" else 5]
+    # By the step: block 0 runs at 5 and its jump reaches block 1 there, whose change is told at 6.
+    assert second == ([0, 1, 2, 4] if sync == "layer" else [0, 1, 2, 5, 6])
+
+
+def test_layers_decide_by_layers_in_the_first_step_that_may_skip() -> None:
+    """Steps 1 and 2 are the noise; the change that is judged at step 3 is not part of it."""
+    transformer = ScriptedTransformer(lambda step: 0.0)
+    engine = scripted_engine(transformer, use_cache="Fast", rel_l1_thresh=ALWAYS, sync="layer")
+    # 32 elements, quantile 1.4436: limit 0.1 · 1.2015 = 0.12015. With the judged one in the mean it would be 0.1246.
+    assert chi2.ppf(0.95, 32) / 32 == pytest.approx(1.4436, abs=1e-4)
+    transformer.run(growing_values([1.1, 1.1, 1.122]))
+    plan = engine.summary()["plan"]["0"]
+    engine.remove()
+    assert plan == [[1], [1], [1], [1]]
+
+
+# -- linear maps ---------------------------------------------------------------------------------------------------
+
+
+def test_a_linear_relation_is_found_up_to_the_ridge() -> None:
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randn(6, 6, generator=generator)
+    inputs = torch.randn(4000, 6, generator=generator)
+    fitted = LinearMap()
+    fitted.learn(inputs, inputs @ truth)
+    assert fitted.apply(torch.zeros(1, 6)) is not None
+    square = inputs.double().T @ inputs.double()
+    ridge = RIDGE * square.diagonal().mean()
+    expected = torch.linalg.inv(square + ridge * torch.eye(6)) @ square @ truth.double()
+    torch.testing.assert_close(fitted.matrix.double(), expected, rtol=1e-4, atol=1e-5)
+    # Inputs of the same size in every direction: the ridge shrinks the map by 1 + RIDGE.
+    torch.testing.assert_close(fitted.matrix * (1 + RIDGE), truth, rtol=0.1, atol=0.1)
+    change = torch.randn(2, 3, 6, generator=generator)
+    torch.testing.assert_close(fitted.apply(change), change @ fitted.matrix)
+
+
+def test_later_evaluations_count_more() -> None:
+    """One channel: square and cross of the older pair count 0.7 times: (0.7·4·2 + 9·5) / (1.3 · (0.7·4 + 9))."""
+    fitted = LinearMap()
+    fitted.learn(torch.tensor([[2.0]]), torch.tensor([[4.0]]))
+    fitted.learn(torch.tensor([[3.0]]), torch.tensor([[15.0]]))
+    assert fitted.apply(torch.ones(1, 1)).item() == pytest.approx((0.7 * 8 + 45) / (1.3 * (0.7 * 4 + 9)))
+
+
+def test_above_the_limit_every_channel_has_a_slope() -> None:
+    generator = torch.Generator().manual_seed(0)
+    slopes = torch.randn(FULL_CHANNELS + 1, generator=generator)
+    inputs = torch.randn(50, FULL_CHANNELS + 1, generator=generator)
+    fitted = LinearMap()
+    fitted.learn(inputs, inputs * slopes)
+    square = inputs.square().sum(0)
+    expected = slopes * square / (square + RIDGE * square.mean())
+    applied = fitted.apply(torch.ones(2, 3, FULL_CHANNELS + 1))
+    assert fitted.matrix.dim() == 1
+    torch.testing.assert_close(applied, expected.expand(2, 3, -1))
+    narrow = LinearMap()
+    narrow.learn(inputs[:, :FULL_CHANNELS], inputs[:, :FULL_CHANNELS])
+    narrow.apply(inputs[:1, :FULL_CHANNELS])
+    assert narrow.matrix.shape == (FULL_CHANNELS, FULL_CHANNELS)
+
+
+@pytest.mark.parametrize("channels", [8, FULL_CHANNELS + 1])
+def test_where_nothing_moved_the_residual_is_reused(channels: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs, outputs, later = torch.randn(3, 1, 4, channels, generator=generator)
+    maps = LinearMaps()
+    older, newer = (Reference(step, (inputs,), (outputs,)) for step in (0, 1))
+    maps.learn(0, older, newer)
+    assert torch.equal(maps.stand_in(0, (later,), newer)[0], later + (outputs - inputs))
+    assert torch.equal(LinearMaps().stand_in(0, (later,), newer)[0], later + (outputs - inputs))
+
+
+def test_streams_and_blocks_have_maps_of_their_own() -> None:
+    generator = torch.Generator().manual_seed(0)
+    maps = LinearMaps()
+    slopes = {(block, stream): 0.5 + block + 2 * stream for block in (0, 1) for stream in (0, 1)}
+    references = {}
+    for block in (0, 1):
+        pairs = []
+        for step in (0, 1):
+            streams = tuple(torch.randn(2, 1, 300, 3, generator=generator))
+            outputs = tuple(each * (1 + slopes[block, stream]) for stream, each in enumerate(streams))
+            pairs.append(Reference(step, streams, outputs))
+        maps.learn(block, *pairs)
+        references[block] = pairs[1]
+    for block, reference in references.items():
+        inputs = tuple(torch.randn(2, 1, 300, 3, generator=generator))
+        outputs = maps.stand_in(block, inputs, reference)
+        for stream in (0, 1):
+            change = inputs[stream] - reference.inputs[stream]
+            slope = (outputs[stream] - inputs[stream] - slopes[block, stream] * reference.inputs[stream]) / change
+            assert float(slope.median()) * (1 + RIDGE) == pytest.approx(slopes[block, stream], rel=0.1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_is_random(family: str) -> None:
+    """Two engines on two pipelines of the same weights give the same bits, whatever the global generator says."""
+    images = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        toy = Toy.build(family)
+        with attached(toy.pipeline, "pipeline", "Fast", rel_l1_thresh=ALWAYS, motion_threshold=0.3):
+            images.append(toy.images(10))
+    assert np.array_equal(*images)
+
+
+# -- nothing leaks -------------------------------------------------------------------------------------------------
+
+VARIANTS: tuple[dict[str, Any], ...] = (
+    {},
+    {"sync": "layer"},
+    {"motion_threshold": 0.3},
+    {"motion_threshold": 0.3, "sync": "layer", "adaptive_threshold": True},
+    {"motion_threshold": 0.2, "approximation": "taylor-1"},
+)
+
+
+@pytest.mark.parametrize("settings", VARIANTS, ids=str)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_a_second_generation_is_as_fresh_as_the_first(toy: Toy, settings: dict[str, Any]) -> None:
+    settings = SOME[toy.family] | settings
+    level = "pipeline" if "sync" in settings else "transformer"
+    with attached(toy.pipeline, level, "Fast", **settings) as engine:
+        expected, plan = toy.images(LONG, seed=3), engine.summary()["plan"]
+        toy.images(6, seed=5, batch=2)
+        assert np.array_equal(toy.images(LONG, seed=3), expected)
+        assert engine.summary()["plan"] == plan
+        engine.reset()
+        assert np.array_equal(toy.images(LONG, seed=3), expected)
+        summary = engine.summary()
+    assert (summary["plan"], summary["generations"]) == (plan, 1)
+    assert 0 < summary["hit_rate"] < 1
+
+
+@torch.no_grad()
+def call_dit(toy: Toy, step: int, steps: int, drift: float, label: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    base, direction = torch.randn(2, 1, 4, 4, 4, generator=generator)
+    timestep = torch.tensor([1000 - (step + 1) * 900 // steps])
+    return toy.transformer(
+        base + drift * step * direction, timestep=timestep, class_labels=torch.tensor([label])
+    ).sample
+
+
+@torch.no_grad()
+def call_flux(toy: Toy, step: int, steps: int, drift: float, label: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    base, direction = torch.randn(2, 1, 16, 16, generator=generator)
+    generator.manual_seed(label)
+    text, pooled = torch.randn(1, 6, 32, generator=generator), torch.randn(1, 32, generator=generator)
+    positions = torch.stack((torch.zeros(16), torch.arange(16) // 4, torch.arange(16) % 4), dim=1)
+    with toy.transformer.cache_context(f"branch {label}"):
+        return toy.transformer(
+            hidden_states=base + drift * step * direction,
+            encoder_hidden_states=text,
+            pooled_projections=pooled,
+            timestep=torch.tensor([1 - 0.9 * step / steps]),
+            img_ids=positions,
+            txt_ids=torch.zeros(6, 3),
+        ).sample
+
+
+@pytest.mark.parametrize("settings", VARIANTS, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_branches_are_kept_apart(toy: Toy, settings: dict[str, Any]) -> None:
+    """Two branches in turn give what each gives alone."""
+    steps, call = 9, call_dit if toy.family == "dit" else call_flux
+    branches = {3: 0.02, 4: 0.15}
+    settings = {"rel_l1_thresh": 0.1, "significance": 0} | settings
+    expected, plans = {}, {}
+    for label, drift in branches.items():
+        with attached(toy.pipeline, "transformer", "Fast", **settings) as engine:
+            expected[label] = [call(toy, step, steps, drift, label) for step in range(steps)]
+            (plans[label],) = engine.summary()["plan"].values()
+    with attached(toy.pipeline, "transformer", "Fast", **settings) as engine:
+        outputs = {label: [] for label in branches}
+        for step in range(steps):
+            for label, drift in branches.items():
+                outputs[label].append(call(toy, step, steps, drift, label))
+        summary = engine.summary()
+    assert (summary["branches"], summary["generations"]) == (2, 1)
+    assert list(summary["plan"].values()) == list(plans.values())
+    assert 0 < summary["hit_rate"] < 1
+    for label in branches:
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(outputs[label], expected[label], strict=True))
+
+
+def everything(toy: Toy) -> list[dict[str, Any]]:
+    parts = [*toy.transformer.modules(), toy.scheduler]
+    return [{name: dict(v) if isinstance(v, dict) else v for name, v in vars(each).items()} for each in parts]
+
+
+@pytest.mark.parametrize("settings", VARIANTS, ids=str)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_removal_leaves_no_attribute(toy: Toy, settings: dict[str, Any]) -> None:
+    """On attention modules neither. The scheduler's own schedule is not the cache's doing."""
+    toy.images(4)
+    before = everything(toy)
+    with attached(toy.pipeline, "pipeline", "Fast", rel_l1_thresh=ALWAYS, **settings):
+        toy.images(4)
+    after = everything(toy)
+    assert [each.keys() for each in after] == [each.keys() for each in before]
+    for now, old in zip(after[:-1], before[:-1], strict=True):
+        for name, value in old.items():
+            same = now[name] is value or isinstance(value, (dict, int, float, str)) and now[name] == value
+            assert same, name
+    assert np.array_equal(toy.images(STEPS), toy.plain_images(STEPS))
+
+
+@pytest.mark.parametrize("sync", ["step", "layer"])
+def test_an_input_that_is_not_finite_makes_the_blocks_run(sync: str) -> None:
+    """A NaN that passes by skipped blocks is stored nowhere; only their inputs' sums tell of it."""
+    transformer = ScriptedTransformer(lambda step: 1.0, lambda step: 1.0)
+    engine = scripted_engine(transformer, use_cache="Fast", rel_l1_thresh=ALWAYS, sync=sync)
+    for step in range(8):
+        sample = torch.full((1, 8, 4), 10.0)
+        if step == 5:
+            sample[0, 0, 0] = math.nan
+        transformer(sample, timestep=torch.tensor(1000 - step))
+    plan = engine.summary()["plan"]["0"]
+    engine.remove()
+    assert [any(row) for row in plan[:5]] == [True, True, True, False, False]
+    assert all(plan[5 if sync == "layer" else 6])
+
+
+class Scaling(nn.Module):
+    """A block whose residual is a multiple of its input: of a change of the input, the same multiple."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, hidden_states: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return hidden_states * self.factor
+
+
+@pytest.mark.parametrize("method", ["Interval", "Fb", "Fast"])
+def test_calibrated_maps_of_blocks_are_not_taken_for_those_of_stacks(method: str) -> None:
+    """Two blocks that undo each other: with exact maps, block by block or not, nothing that stands in can err."""
+    transformer = ScriptedTransformer()
+    factors = [4.0, 0.25] if method != "Fb" else [2.0, 4.0, 0.25]
+    transformer.blocks = nn.ModuleList(Scaling(factor) for factor in factors)
+    steps, blocks = 9, len(factors)
+    gram, square = torch.ones(blocks + 2, steps, steps), torch.ones(blocks + 2, steps)
+    maps = {(block, 0): torch.eye(4) * (factor - 1) for block, factor in enumerate(factors)}
+    calibration = Calibration(gram, square, (1.0,) * blocks, (1.0, 0.0), maps, {})
+    settings = {"use_cache": method, "approximation": "linear", "num_steps": steps}
+    if method != "Interval":
+        settings["rel_l1_thresh"] = ALWAYS
+    engine = CacheEngine(transformer, SCRIPTED, CacheConfig.from_keywords(**settings), calibration=calibration)
+    values = growing_values([1.5] * (steps - 1))
+    outputs = transformer.run(values)
+    hit_rate = engine.summary()["hit_rate"]
+    engine.remove()
+    assert hit_rate > 0.2
+    product = math.prod(factors)
+    assert outputs == pytest.approx([value * product for value in values], rel=1e-5)
+
+
+def test_the_shadow_of_fast_under_a_budget_is_fast(dit: Toy) -> None:
+    """Without a budget of its own AdaCorrection spends what Fast would, in whole steps: to within two of them here."""
+    steps, hit_rates = 40, []
+    for correction in ({}, {"enable_adacorrection": True}):
+        with attached(dit.pipeline, "pipeline", "Fast", rel_l1_thresh=0.05, **correction) as engine:
+            dit.images(steps)
+            hit_rates.append(engine.summary()["hit_rate"])
+    assert 0.2 < hit_rates[0] < 0.8
+    assert hit_rates[1] == pytest.approx(hit_rates[0], abs=0.05)

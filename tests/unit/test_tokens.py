@@ -1,0 +1,517 @@
+"""Token reduction: which tokens are evaluated, what they attend to, and what the others get."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor
+from torch import nn
+from toys import ALL_FAMILIES, Toy, attached, build_toy_dit, drive, wrapped
+
+from xfuser.core.attention import KeyValueMemory
+from xfuser.model_executor.adapters import declaration_of
+from xfuser.model_executor.cache import CacheEngine, apply_cache_on_transformer
+from xfuser.model_executor.cache.linear import MEMORY, RIDGE
+from xfuser.model_executor.cache.partial import TokenRunner
+from xfuser.model_executor.cache.tokens import TokenChoice
+
+STEPS = 8
+WARMUP = 3
+
+
+# -- the choice ----------------------------------------------------------------------------------------------------
+
+
+def moved(*squares: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two states [B, P, 2] whose tokens' squared changes are these."""
+    roots = torch.tensor(squares).sqrt()
+    previous = torch.ones(*roots.shape, 2)
+    return previous + torch.stack((0.6 * roots, -0.8 * roots), dim=-1), previous
+
+
+@pytest.mark.parametrize(
+    ("threshold", "places"),
+    [(0.3, [[1, 3]]), (0.45, [[1, 3]]), (0.6, [[1]]), (0.1, [[0, 1, 3]]), (1.0, [[1]]), (1.01, [[]])],
+)
+def test_tokens_above_a_share_of_the_fastest(threshold: float, places: list[list[int]]) -> None:
+    choice = TokenChoice.moving(*moved([1.0, 8.0, 0.25, 4.0]), threshold)
+    assert choice.places.tolist() == places
+    assert choice.share == len(places[0]) / 4
+
+
+def test_every_image_gets_as_many_as_the_busiest() -> None:
+    """Filled up with the next fastest: of the second image 0 and 3 move, and 2 comes along."""
+    choice = TokenChoice.moving(*moved([1.0, 8.0, 6.0, 7.0], [9.0, 0.1, 2.0, 8.0]), 0.5)
+    assert choice.places.tolist() == [[1, 2, 3], [0, 2, 3]]
+    assert choice.shared().places.tolist() == [[0, 1, 2, 3]] * 2
+    assert choice.shared().share == 1
+
+
+@pytest.mark.parametrize("threshold", [1e-9, 0.5, 1.0])
+def test_where_all_move_alike_or_nothing_does_all_are_evaluated(threshold: float) -> None:
+    assert TokenChoice.moving(*moved([2.0, 2.0, 2.0]), threshold) is None
+    assert TokenChoice.moving(*moved([0.0, 0.0, 0.0]), threshold) is None
+
+
+def test_there_is_no_choice_without_a_comparable_step() -> None:
+    current, previous = moved([1.0, 2.0])
+    assert TokenChoice.moving(current, None, 0.5) is None
+    assert TokenChoice.moving(current, previous[:, :1], 0.5) is None
+
+
+def test_what_is_taken_goes_back_to_its_place() -> None:
+    stream = torch.arange(24.0).reshape(2, 4, 3)
+    choice = TokenChoice(torch.tensor([[0, 2], [1, 3]]), 4)
+    taken = choice.take(stream)
+    assert taken[:, :, 0].tolist() == [[0.0, 6.0], [15.0, 21.0]]
+    assert torch.equal(choice.put(stream, taken), stream)
+    whole = choice.put(stream, -taken)
+    assert whole[:, :, 0].tolist() == [[0.0, 3.0, -6.0, 9.0], [12.0, -15.0, 18.0, -21.0]]
+    assert float(stream.min()) == 0
+
+
+# -- remembered keys and values ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text_first", [False, True])
+def test_fresh_keys_are_put_among_the_remembered_ones(text_first: bool) -> None:
+    """Two text tokens and five image tokens, of which 1 and 4 are fresh, and all text is."""
+    memory = KeyValueMemory()
+    held = torch.arange(7.0).reshape(1, 1, 7, 1)
+    memory.keep(3, held.clone(), held.clone() * 10)
+    text, image = torch.tensor([100.0, 101.0]), torch.tensor([201.0, 204.0])
+    fresh = torch.cat([text, image] if text_first else [image, text]).reshape(1, 1, 4, 1)
+    others = slice(0, 2) if text_first else slice(5, 7)
+    key, value = memory.update(3, torch.tensor([[1, 4]]), 2 if text_first else 0, others, fresh, fresh * 10)
+    expected = [100, 101, 2, 201, 4, 5, 204] if text_first else [0, 201, 2, 3, 204, 100, 101]
+    assert key.flatten().tolist() == expected
+    assert value.flatten().tolist() == [10 * each for each in expected]
+    assert [tensor.flatten().tolist() for tensor in memory.tensors()] == [key.flatten().tolist()] * 1 + [
+        value.flatten().tolist()
+    ]
+    assert memory.holds(range(3, 4)) and not memory.holds(range(3, 5))
+
+
+# -- all, none, some -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def choosing(choose: Callable[[torch.Tensor], TokenChoice | None]) -> Iterator[None]:
+    """Fast's choice of tokens, from the first block's input alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TokenChoice, "moving", lambda current, previous, threshold, text=0: choose(current))
+        yield
+
+
+def all_places(current: torch.Tensor) -> TokenChoice:
+    batch, tokens, _ = current.shape
+    return TokenChoice(torch.arange(tokens).expand(batch, -1), tokens)
+
+
+@pytest.mark.parametrize("family", [*ALL_FAMILIES, "pixart-sigma"])
+def test_all_tokens_by_the_partial_path_are_the_whole(toy: Toy) -> None:
+    expected = toy.plain_images(STEPS, batch=2)
+    partial = []
+    original = TokenRunner.evaluate_some
+
+    def evaluate_some(self: TokenRunner, *args: Any) -> Any:
+        partial.append(original(self, *args))
+        return partial[-1]
+
+    with choosing(all_places), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TokenRunner, "evaluate_some", evaluate_some)
+        with attached(toy.pipeline, "pipeline", "Fast", rel_l1_thresh=0, motion_threshold=0.5) as engine:
+            images = toy.images(STEPS, batch=2)
+            assert engine.summary()["hit_rate"] == 0
+    assert len(partial) == (STEPS - WARMUP) * len(toy.blocks)
+    assert all(tokens.share == 1 for tokens, _ in partial)
+    np.testing.assert_allclose(images, expected, rtol=0, atol=1e-5)
+
+
+Streams = dict[str, torch.Tensor]
+
+
+@contextmanager
+def watching(toy: Toy) -> Iterator[list[list[tuple[Streams, Streams]]]]:
+    """Per block, the streams that go into it and come out of it at every step."""
+    declaration = declaration_of(toy.transformer)
+    seen: list[list[tuple[Streams, Streams]]] = [[] for _ in toy.blocks]
+
+    def noting(index: int) -> Callable[..., None]:
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            inputs = {name: kwargs.get(name) for name in declaration.streams}
+            if inputs["hidden_states"] is None:
+                inputs["hidden_states"] = args[0]
+            outputs = output if isinstance(output, tuple) else (output,)
+            seen[index].append((inputs, dict(zip(declaration.returns, outputs, strict=True))))
+
+        return note
+
+    with ExitStack() as stack:
+        for index, block in enumerate(toy.blocks):
+            stack.callback(block.register_forward_hook(noting(index), with_kwargs=True).remove)
+        yield seen
+
+
+def ridge_map(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """The map of the input's change to the residual's, the older pair counting less."""
+    square = cross = 0.0
+    for change, moved in pairs:
+        change, moved = change.flatten(0, 1).double(), moved.flatten(0, 1).double()
+        square, cross = MEMORY * square + change.T @ change, MEMORY * cross + change.T @ moved
+    ridge = RIDGE * square.diagonal().mean()
+    if ridge == 0:  # the text in front of the first block stays as it is
+        return torch.zeros_like(cross)
+    return torch.linalg.solve(square + ridge * torch.eye(len(square)), cross)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_where_no_token_moves_the_fitted_maps_stand_in(toy: Toy, batch: int) -> None:
+    """Above 1 nothing is as fast as that: behind the warm-up every block is its linear map, in every stream."""
+    with watching(toy) as seen, attached(toy.pipeline, "pipeline", "Fast", motion_threshold=1.5) as engine:
+        toy.images(6, batch=batch)
+        summary = engine.summary()
+    assert summary["hit_rate"] == pytest.approx(0.5)
+    for steps in seen:
+        for name in steps[0][0]:
+            outputs = [after.get(name) for _, after in steps]
+            inputs = [before[name] for before, _ in steps]
+            if outputs[0] is None:  # the text, behind SD3's last block
+                continue
+            residuals = [after - before for before, after in zip(inputs, outputs, strict=True)]
+            pairs = [(inputs[now] - inputs[now - 1], residuals[now] - residuals[now - 1]) for now in (1, 2)]
+            fitted = ridge_map(pairs).float()
+            for step in (3, 4, 5):
+                expected = inputs[step] + residuals[2] + (inputs[step] - inputs[2]) @ fitted
+                torch.testing.assert_close(outputs[step], expected, rtol=1e-4, atol=1e-4)
+            if name == "hidden_states":
+                assert float(((inputs[5] - inputs[2]) @ fitted).abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_tokens_that_stand_still_take_the_fitted_map(toy: Toy) -> None:
+    """Their last residual, and the map of what their input has changed since the step before."""
+
+    def half(current: torch.Tensor) -> TokenChoice:
+        return TokenChoice(torch.arange(0, current.shape[1], 2).expand(len(current), -1), current.shape[1])
+
+    with watching(toy) as seen, choosing(half):
+        with attached(toy.pipeline, "pipeline", "Fast", rel_l1_thresh=0, motion_threshold=0.5):
+            toy.images(6, batch=2)
+    for steps in seen:
+        inputs = [before["hidden_states"] for before, _ in steps]
+        residuals = [after["hidden_states"] - before for before, (_, after) in zip(inputs, steps, strict=True)]
+        pairs = [(inputs[now] - inputs[now - 1], residuals[now] - residuals[now - 1]) for now in (1, 2)]
+        fitted = ridge_map(pairs).float()
+        for step in (3, 4, 5):
+            expected = residuals[step - 1] + (inputs[step] - inputs[step - 1]) @ fitted
+            torch.testing.assert_close(residuals[step][:, 1::2], expected[:, 1::2], rtol=1e-4, atol=1e-4)
+            assert not torch.allclose(residuals[step][:, ::2], expected[:, ::2], rtol=1e-4, atol=1e-4)
+
+
+# -- attention by hand ---------------------------------------------------------------------------------------------
+
+
+def attention_modules(toy: Toy) -> list[tuple[int, str, nn.Module]]:
+    names = declaration_of(toy.transformer).self_attention
+    found = [(index, name, getattr(block, name, None)) for index, block in enumerate(toy.blocks) for name in names]
+    return [(index, name, module) for index, name, module in found if module is not None]
+
+
+class FullSequence:
+    """What one attention module would give on all tokens, each as it was when it was last evaluated."""
+
+    def __init__(self, module: nn.Module, name: str, text_first: bool) -> None:
+        self.module, self.name, self.text_first = module, name, text_first
+        self.places: torch.Tensor | None = None  # of the image tokens of this step; None for all
+        self.tokens = 0
+        self.image: torch.Tensor | None = None
+        self.rotary: Any = None
+        self.partial = 0
+
+    def attend(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The engine's output, after comparing it with the module's own on the whole sequence."""
+        output = original(*args, **kwargs)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        text = kwargs.get("encoder_hidden_states")
+        inside = text is None and self.text_first and self.tokens != 0 and "image_rotary_emb" in kwargs
+        lead = hidden.shape[1] - self._count() if inside else 0  # Flux's single blocks: text and image in one
+        image = hidden[:, lead:]
+        if self.places is None:
+            self.image, self.rotary = image.clone(), kwargs.get("image_rotary_emb")
+            return output
+        self.partial += 1
+        index = self.places[:, :, None].expand(-1, -1, image.shape[2])
+        self.image = self.image.scatter(1, index, image)
+        whole = torch.cat([hidden[:, :lead], self.image], dim=1)
+        full = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        if "image_rotary_emb" in kwargs:
+            full["image_rotary_emb"] = self.rotary
+        expected = type(self.module).forward(self.module, whole, **full)
+        joint = isinstance(expected, tuple)
+        ours, theirs = (output[0], expected[0]) if joint else (output, expected)
+        torch.testing.assert_close(ours[:, :lead], theirs[:, :lead], rtol=1e-4, atol=1e-5)
+        index = self.places[:, :, None].expand(-1, -1, theirs.shape[2])
+        torch.testing.assert_close(ours[:, lead:], theirs[:, lead:].gather(1, index), rtol=1e-4, atol=1e-5)
+        if joint:
+            torch.testing.assert_close(output[1], expected[1], rtol=1e-4, atol=1e-5)
+        return output
+
+    def _count(self) -> int:
+        return self.tokens if self.places is None else self.places.shape[1]
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_moving_tokens_attend_to_the_remembered_ones(toy: Toy) -> None:
+    """Every attention, at every step, is the module's own on the whole sequence: moving tokens and text as they are
+    now, static ones as they were when they were last evaluated.
+    """
+    declaration = declaration_of(toy.transformer)
+    sequences = [FullSequence(module, name, declaration.text_first) for _, name, module in attention_modules(toy)]
+    steps: list[int] = []
+    previous: list[torch.Tensor] = []
+
+    def choose(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The paper's saliency, from the first block's input."""
+        hidden = args[0] if args else kwargs["hidden_states"]
+        places = None
+        if len(previous) >= WARMUP:
+            square = (hidden - previous[-1]).square().sum(-1)
+            moving = square >= 0.3 * square.max(dim=1, keepdim=True).values
+            count = int(moving.sum(1).max())
+            ranks = torch.where(moving, torch.inf, square).argsort(dim=1, descending=True)
+            places = ranks[:, :count].sort(dim=1).values
+            if declaration.per_token:
+                union = sorted(set(places.flatten().tolist()))
+                places = torch.tensor([union] * len(hidden))
+            steps.append(places.shape[1])
+        previous.append(hidden.clone())
+        for each in sequences:
+            each.places, each.tokens = places, hidden.shape[1]
+
+    def checking(each: FullSequence) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        # Inside the engine's own wrapper the module's forward sees the chosen tokens; outside it, the same.
+        def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda *args, **kwargs: each.attend(original, args, kwargs)
+
+        return wrap
+
+    with attached(toy.pipeline, "pipeline", "Fast", rel_l1_thresh=0, motion_threshold=0.3), ExitStack() as stack:
+        stack.callback(toy.blocks[0].register_forward_pre_hook(choose, with_kwargs=True).remove)
+        for each in sequences:
+            inner = each.module.forward
+            each.module.forward = checking(each)(inner)
+            stack.callback(setattr, each.module, "forward", inner)
+        toy.images(STEPS, batch=2)
+    assert len(steps) == STEPS - WARMUP
+    assert all(1 <= count <= sequences[0].tokens for count in steps) and min(steps) < sequences[0].tokens
+    assert all(each.partial == len(steps) for each in sequences)
+
+
+def test_rotary_embeddings_follow_the_tokens(flux: Toy) -> None:
+    """Text first, then the chosen image tokens, for both halves of the embedding."""
+    places = torch.tensor([1, 5, 6])
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(kwargs["image_rotary_emb"])
+
+    with choosing(lambda current: TokenChoice(places[None], current.shape[1])), ExitStack() as stack:
+        for block in flux.blocks:
+            stack.callback(block.attn.register_forward_pre_hook(note, with_kwargs=True).remove)
+        settings = {"rel_l1_thresh": 0, "motion_threshold": 0.5}
+        stack.enter_context(attached(flux.pipeline, "transformer", "Fast", **settings))
+        drive(flux.transformer, 4)
+    whole, partial = seen[0], seen[-len(flux.blocks) :]
+    rows = torch.cat([torch.arange(6), places + 6])
+    assert whole[0].shape[0] == 6 + 16
+    for halves in partial:
+        assert all(torch.equal(half, full[rows]) for half, full in zip(halves, whole, strict=True))
+
+
+# -- counting ------------------------------------------------------------------------------------------------------
+
+
+# Between the changes that the toys show in 12 steps.
+THRESHOLDS = {"dit": 0.1, "flux": 0.048, "pixart": 0.05, "sd3": 0.045}
+
+
+@pytest.mark.parametrize("blocks_too", [False, True])
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_the_hit_rate_counts_tokens(toy: Toy, blocks_too: bool) -> None:
+    """Tokens that go into the attention modules, text among them where it takes part, against all there are."""
+    steps, counted, most = 12, 0, 0
+    settings = {"rel_l1_thresh": THRESHOLDS[toy.family] if blocks_too else 0, "significance": 0}
+    first = [name for name in declaration_of(toy.transformer).self_attention][0]
+
+    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal counted, most
+        hidden = args[0] if args else kwargs["hidden_states"]
+        text = kwargs.get("encoder_hidden_states")
+        tokens = hidden.shape[1] + (0 if text is None else text.shape[1])
+        counted, most = counted + tokens, max(most, tokens)
+
+    with ExitStack() as stack:
+        for block in toy.blocks:
+            module = getattr(block, first)
+            stack.callback(module.register_forward_pre_hook(count, with_kwargs=True).remove)
+        engine = stack.enter_context(attached(toy.pipeline, "pipeline", "Fast", motion_threshold=0.4, **settings))
+        toy.images(steps, batch=2)
+        summary = engine.summary()
+    assert summary["hit_rate"] == pytest.approx(1 - counted / (most * len(toy.blocks) * steps), abs=1e-9)
+    assert 0 < summary["hit_rate"] < 1
+    (plan,) = summary["plan"].values()
+    assert any(0 < share < 1 for row in plan for share in row)
+    assert any(share == 0 for row in plan for share in row) == blocks_too
+    assert 0 < summary["flops_saved"] < 1
+
+
+def test_tokens_of_each_image_are_its_own(dit: Toy) -> None:
+    """Outside shared rotary embeddings an image's tokens are chosen by it: a batch gives what each image gives."""
+    pipeline = build_toy_dit()
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(2, 4, 4, 4, generator=generator)
+    # In each image another eight tokens move.
+    masks = torch.zeros(2, 1, 16)
+    masks[0, :, :8], masks[1, :, 4:12] = 1, 1
+    directions = torch.randn(2, 4, 4, 4, generator=generator) * masks.reshape(2, 1, 4, 4)
+
+    @torch.no_grad()
+    def run(which: slice) -> list[torch.Tensor]:
+        with attached(pipeline, "transformer", "Fast", rel_l1_thresh=0, motion_threshold=0.05) as engine:
+            outputs = [
+                pipeline.transformer(
+                    (base + 0.05 * step * directions)[which],
+                    timestep=torch.full((2,), 1000 - 50 * step)[which],
+                    class_labels=torch.tensor([3, 4])[which],
+                ).sample
+                for step in range(6)
+            ]
+            shares.append([row[0] for row in engine.summary()["plan"]["0"]])
+        return outputs
+
+    shares: list[list[float]] = []
+    together = run(slice(0, 2))
+    apart = [run(slice(index, index + 1)) for index in (0, 1)]
+    assert shares[0] == shares[1] == shares[2] == [1, 1, 1, 0.5, 0.5, 0.5]
+    for step in range(6):
+        both = torch.cat([apart[0][step], apart[1][step]])
+        torch.testing.assert_close(together[step], both, rtol=1e-4, atol=1e-5)
+
+
+# -- failing well --------------------------------------------------------------------------------------------------
+
+
+def one_line(error: BaseException) -> str:
+    text = str(error)
+    assert text and "\n" not in text
+    return text
+
+
+def test_a_mask_on_image_tokens_is_refused(request: pytest.FixtureRequest) -> None:
+    pixart = request.getfixturevalue("_once")("pixart")
+    mask = torch.ones(1, 64)
+    mask[0, 5] = 0
+    original = pixart.transformer.forward
+
+    def masked(*args: Any, **kwargs: Any) -> Any:
+        batch, _, height, width = args[0].shape
+        return original(*args, **kwargs, attention_mask=mask.expand(batch, height * width // 4))
+
+    with wrapped(pixart.transformer, "forward", lambda _: masked):
+        with attached(pixart.pipeline, "pipeline", "Fast", motion_threshold=0.3):
+            with pytest.raises(RuntimeError) as caught:
+                pixart.images(5)
+    assert "mask" in one_line(caught.value)
+
+
+def test_a_mask_does_not_matter_where_tokens_are_not_chosen(request: pytest.FixtureRequest) -> None:
+    """PixArt's cross attention has one, which is none of token reduction's business."""
+    pixart = request.getfixturevalue("_once")("pixart")
+    with attached(pixart.pipeline, "pipeline", "Fast", rel_l1_thresh=0, motion_threshold=0.3) as engine:
+        pixart.images(6)
+        assert engine.summary()["hit_rate"] > 0
+
+
+@pytest.mark.parametrize("times", [0, 2])
+def test_another_attention_backend_is_refused(dit: Toy, times: int) -> None:
+    """Its tokens would attend to the chosen ones alone. Afterwards all is as it was."""
+    attention = dit.blocks[2].attn1
+    usual = attention.processor
+
+    class Twice(AttnProcessor):
+        def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return (usual(*args, **kwargs) + usual(*args, **kwargs)) / 2
+
+    with attached(dit.pipeline, "pipeline", "Fast", rel_l1_thresh=0, motion_threshold=0.3) as engine:
+        expected = dit.images(6)
+        attention.processor = AttnProcessor() if times == 0 else Twice()
+        try:
+            with pytest.raises(RuntimeError) as caught:
+                dit.images(6)
+        finally:
+            attention.processor = usual
+        assert "block 2's attn1" in one_line(caught.value) and f"{times} times" in str(caught.value)
+        assert np.array_equal(dit.images(6), expected)
+        assert engine.summary()["hit_rate"] > 0
+
+
+def test_a_block_without_attention_is_refused_before_anything_changes() -> None:
+    """Half an attachment would be worse than none."""
+    transformer = build_toy_dit().transformer
+    transformer.transformer_blocks[1].attn1 = None
+    before = [dict(vars(module)) for module in transformer.modules()]
+    with pytest.raises(TypeError) as caught:
+        apply_cache_on_transformer(transformer, "Fast", motion_threshold=0.3)
+    assert "block 1" in one_line(caught.value)
+    after = [dict(vars(module)) for module in transformer.modules()]
+    assert [each.keys() for each in after] == [each.keys() for each in before]
+    assert "forward" not in vars(transformer)
+
+
+def remembered(engine: CacheEngine) -> list[torch.Tensor]:
+    return [tensor for branch in engine._branches.values() for tensor in branch.keys.tensors()]
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_broken_keys_are_dropped(toy: Toy) -> None:
+    """A NaN among the remembered keys makes the next step whole, and tokens are chosen again after it."""
+    steps, planted = 9, []
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        def step(*args: Any, **kwargs: Any) -> Any:
+            planted.append(None)
+            if len(planted) == 5:
+                remembered(engine)[-1][0, 1, 3, 2] = torch.nan
+            return original(*args, **kwargs)
+
+        return step
+
+    with wrapped(toy.scheduler, "step", wrap):
+        with attached(toy.pipeline, "pipeline", "Fast", rel_l1_thresh=0, motion_threshold=0.5) as engine:
+            images = toy.images(steps)
+            summary = engine.summary()
+    (plan,) = summary["plan"].values()
+    assert np.isfinite(images).all()
+    assert summary["non_finite"] == 1
+    assert all(share == 1 for share in plan[5])
+    assert any(share < 1 for row in plan[6:] for share in row)
+
+
+def test_the_memory_that_keys_take_is_counted(dit: Toy) -> None:
+    with attached(dit.pipeline, "transformer", "Fast", rel_l1_thresh=0, motion_threshold=0.3) as engine:
+        drive(dit.transformer, 5)
+        held = sum(tensor.numel() * tensor.element_size() for tensor in remembered(engine))
+        with_keys = engine.summary()["memory_bytes"]
+    # Keys and values of 16 tokens and 16 channels, twice for the batch, four blocks, four bytes a number.
+    assert held == 2 * 2 * 16 * 16 * 4 * 4
+    with attached(dit.pipeline, "transformer", "Fast", rel_l1_thresh=0) as engine:
+        drive(dit.transformer, 5)
+        assert remembered(engine) == []
+        assert with_keys - engine.summary()["memory_bytes"] >= held
