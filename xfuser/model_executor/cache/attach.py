@@ -62,3 +62,22 @@ def named_contexts(note: Callable[[str | None], None]) -> Callable[[Callable[...
         return cache_context
 
     return wrap
+
+
+def scheduler_calls(scheduler: Any, starts: Callable[[], None], steps: Callable[[], None]) -> list[Replacement]:
+    """Tells of a scheduler's own calls: ``set_timesteps`` starts a generation, ``step`` ends a step."""
+
+    def telling(tell: Callable[[], None]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                tell()
+                return original(*args, **kwargs)
+
+            return call
+
+        return wrap
+
+    return [
+        Replacement(scheduler, "set_timesteps", telling(starts)),
+        Replacement(scheduler, "step", telling(steps)),
+    ]

@@ -6,22 +6,27 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 
 from xfuser.config import CacheConfig
 from xfuser.core.distributed.statistics import SumExchange
 from xfuser.model_executor.adapters import BoundArguments, ModelDeclaration, Streams
 from xfuser.model_executor.cache.adacorrection.blending import BlendReviewer
-from xfuser.model_executor.cache.attach import Replacement, drop_empty_registry, has_registry, named_contexts
+from xfuser.model_executor.cache.attach import (
+    Replacement,
+    drop_empty_registry,
+    has_registry,
+    named_contexts,
+    scheduler_calls,
+)
 from xfuser.model_executor.cache.calibrating import Calibrator
 from xfuser.model_executor.cache.calibration import Calibration, describe_model
 from xfuser.model_executor.cache.deliberation import Deliberation
-from xfuser.model_executor.cache.flops import FlopCount, StepFlops
+from xfuser.model_executor.cache.flops import FlopCount, StepFlops, signature
 from xfuser.model_executor.cache.partial import TokenRunner
 from xfuser.model_executor.cache.policies import build_policy
 from xfuser.model_executor.cache.recorder import Recorder
-from xfuser.model_executor.cache.standins import stand_in_outputs
+from xfuser.model_executor.cache.standins import cut_units, stand_in_outputs
 from xfuser.model_executor.cache.state import Active, Branch
 from xfuser.model_executor.cache.statistics import Statistics, StepRecord
 from xfuser.model_executor.cache.steps import BranchKey, Call, StepTracker
@@ -128,23 +133,7 @@ class CacheEngine:
     def watch_scheduler(self, scheduler: Any) -> None:
         """Let a scheduler's own calls mark generations and steps."""
         self._scheduler = scheduler
-
-        def wrap_set_timesteps(original: Callable[..., Any]) -> Callable[..., Any]:
-            def set_timesteps(*args: Any, **kwargs: Any) -> Any:
-                self._start_afresh()
-                return original(*args, **kwargs)
-
-            return set_timesteps
-
-        def wrap_step(original: Callable[..., Any]) -> Callable[..., Any]:
-            def step(*args: Any, **kwargs: Any) -> Any:
-                self.tracker.step_ends()
-                return original(*args, **kwargs)
-
-            return step
-
-        self._replacements.append(Replacement(scheduler, "set_timesteps", wrap_set_timesteps))
-        self._replacements.append(Replacement(scheduler, "step", wrap_step))
+        self._replacements += scheduler_calls(scheduler, self._start_afresh, self.tracker.step_ends)
         self.tracker.watch_scheduler(scheduler)
 
     # -- attaching ----------------------------------------------------------------------------------------------------
@@ -200,14 +189,14 @@ class CacheEngine:
                 self._start_afresh()
                 raise
         active = self._open(call)
-        signature = _signature(args, kwargs)
+        shapes = signature(args, kwargs)
         try:
-            if signature not in self._flops:
+            if shapes not in self._flops:
                 active.block_flops = [0.0] * len(self.blocks)
                 with FlopCount() as self._counter:
                     output = original(*args, **kwargs)
                 total = float(self._counter.total) - active.signal_flops - active.recorder_flops
-                self._flops[signature] = StepFlops(tuple(active.block_flops), total, active.signal_flops)
+                self._flops[shapes] = StepFlops(tuple(active.block_flops), total, active.signal_flops)
             else:
                 output = original(*args, **kwargs)
         except BaseException:
@@ -215,7 +204,7 @@ class CacheEngine:
             raise
         finally:
             self._active = None
-        self._close(active, self._flops[signature])
+        self._close(active, self._flops[shapes])
         return output
 
     def _start_afresh(self) -> None:
@@ -235,15 +224,9 @@ class CacheEngine:
         reviewer = self.deliberation.reviewer
         by_block = reviewer.blends or self.policy.observes_blocks or reviewer.measures
         by_block = by_block or self.config.stand_in == "linear"
-        self._units = self._cut(one_by_one=added or (by_block and not reviewer.whole_steps))
-
-    def _cut(self, one_by_one: bool) -> list[tuple[int, int]]:
-        """First and last block of every unit: each block, or the probed ones and the whole rest."""
-        count, probed = len(self.blocks), self.policy.probe_blocks
-        if one_by_one:
-            return [(index, index) for index in range(count)]
-        units = [(index, index) for index in range(min(probed, count))]
-        return units + ([(probed, count - 1)] if probed < count else [])
+        self._units = cut_units(
+            len(self.blocks), self.policy.probe_blocks, one_by_one=added or (by_block and not reviewer.whole_steps)
+        )
 
     def _open(self, call: Call) -> Active:
         if call.branch not in self._branches:
@@ -411,9 +394,3 @@ class CacheEngine:
             return
         for branch in self._branches.values():
             self.deliberation.tell(branch)
-
-
-def _signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """Shapes of all tensors that the transformer is called with."""
-    named = [*enumerate(args), *sorted(kwargs.items())]
-    return tuple((name, tuple(value.shape)) for name, value in named if isinstance(value, torch.Tensor))

@@ -46,3 +46,9 @@ class FlopCount(TorchDispatchMode):
             query, key, value = args[:3]
             self.total += sdpa_flop_count(query.shape, key.shape, value.shape)
         return output
+
+
+def signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """Shapes of all tensors that the transformer is called with."""
+    named = [*enumerate(args), *sorted(kwargs.items())]
+    return tuple((name, tuple(value.shape)) for name, value in named if isinstance(value, torch.Tensor))

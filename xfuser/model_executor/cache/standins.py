@@ -56,3 +56,11 @@ def stand_in_outputs(each: StandIn, inputs: Streams, memory: BranchMemory, maps:
     if maps is not None:
         return maps.stand_in(each.first, inputs, memory.references[each.first][0])
     return memory.stand_in(each.first, each.last, inputs, each.weights)
+
+
+def cut_units(blocks: int, probed: int, one_by_one: bool) -> list[tuple[int, int]]:
+    """First and last block of every unit: each block, or the probed ones and the whole rest."""
+    if one_by_one:
+        return [(index, index) for index in range(blocks)]
+    units = [(index, index) for index in range(min(probed, blocks))]
+    return units + ([(probed, blocks - 1)] if probed < blocks else [])
