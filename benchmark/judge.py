@@ -79,13 +79,18 @@ class Judge:
         return [self._result(run, runs[0], paths.get(run.row.method, [])) for run in runs]
 
     def comparisons(self, runs: list[Run]) -> list[dict[str, Any]]:
-        """Each corrected row against its base, its base with the same approximation, and fewer steps at its cost."""
+        """Each corrected row against its base, its base with the same approximation, and fewer steps at its cost; each
+        base with another approximation against the base, and fitted weights against those of a polynomial.
+        """
         by_method = {run.row.method: run for run in runs}
         pairs = []
         for run in runs:
-            if run.row.config.mode is None:
-                continue
-            opponents = (run.row.base, f"{run.row.base}[{run.row.config.stand_in}]", f"None[steps of {run.row.base}]")
+            base, stand_in = run.row.base, run.row.config.stand_in
+            opponents: tuple[str | None, ...] = ()
+            if run.row.config.mode is not None:
+                opponents = (base, f"{base}[{stand_in}]", f"None[steps of {base}]")
+            elif run.row.method == f"{base}[{stand_in}]":
+                opponents = (base, f"{base}[taylor-1]") if stand_in == "fitted" else (base,)
             pairs += [(run, by_method[name]) for name in opponents if name in by_method]
         return [self._compare(run, against, runs[0]) for run, against in pairs]
 

@@ -7,6 +7,7 @@ from functools import cache
 
 import pytest
 import torch
+from calibrations import once, saved  # noqa: F401 (fixtures)
 from toys import Toy
 
 
