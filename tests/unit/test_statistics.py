@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-from toys import ALWAYS, FAMILIES, LEVELS, Toy, attached, drive, wrapped
+from toys import ALWAYS, FAMILIES, LEVELS, Toy, attached, counted, drive
 
 from xfuser.model_executor.cache.measurement import sample_tokens
 
@@ -26,27 +25,6 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "Tea+bound": ("Tea", BOUND),
     "blend": ("Fb", {"enable_adacorrection": True, "adacorr_mode": "blend"}),
 }
-
-
-@contextmanager
-def counted(toy: Toy) -> Iterator[list[int]]:
-    """How often each block's own forward runs."""
-    counts = [0] * len(toy.blocks)
-
-    def counting(index: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                counts[index] += 1
-                return original(*args, **kwargs)
-
-            return forward
-
-        return wrap
-
-    with ExitStack() as stack:
-        for index, block in enumerate(toy.blocks):
-            stack.enter_context(wrapped(block, "forward", counting(index)))
-        yield counts
 
 
 @pytest.mark.parametrize("run", RUNS)
