@@ -21,7 +21,7 @@ for argument in "$@"; do
 done
 
 say "benchmark with OMP_NUM_THREADS=$OMP_NUM_THREADS"
-"$VENV_PYTHON" benchmark/cache_execute.py --model_type tiny-dit --cache_methods All \
+"$VENV_PYTHON" benchmark/cache_execute.py --model_type tiny-dit --cache_methods Tea+AdaCorrection Fb+AdaCorrection \
     --output_dir cache_execute_results "$@"
 
 case "$output" in /*) ;; *) output="$ROOT/$output" ;; esac
