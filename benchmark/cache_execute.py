@@ -27,6 +27,7 @@ from benchmark.common import (  # noqa: E402
     add_evaluation_arguments,
     announce,
     bases_of,
+    describe_run,
     evaluation_folder,
     sampling_of,
 )
@@ -42,9 +43,10 @@ from xfuser.config.arguments import (  # noqa: E402
     correction_settings,
     positive,
 )
-from xfuser.core.distributed.environment import choose_device, describe_environment  # noqa: E402
+from xfuser.core.distributed.environment import choose_device  # noqa: E402
+from xfuser.core.files import write_json  # noqa: E402
 from xfuser.model_executor.pipelines import MODEL_TYPES, load_pipeline  # noqa: E402
-from xfuser.model_executor.pipelines.generate import save_image, write_json  # noqa: E402
+from xfuser.model_executor.pipelines.generate import save_image  # noqa: E402
 from xfuser.report import comparison_sheet, frontier_table, results_table, write_report  # noqa: E402
 
 RESULTS = "cache_execute_results.json"
@@ -154,10 +156,7 @@ def execute(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     runs = [run for run in everything if run.left_out is None]
     results = judge.results(runs, write_images(runs, args.output_dir))
     document = {
-        "schema": 1,
-        "environment": describe_environment(device),
-        "model": {"name": loaded.name, "type": args.model_type, "dtype": str(loaded.dtype).removeprefix("torch.")},
-        "settings": vars(sampling) | {"prompts": list(sampling.prompts), "cache_methods": args.cache_methods},
+        **describe_run(loaded, sampling, {"cache_methods": args.cache_methods}),
         "results": results,
         "comparisons": judge.comparisons(runs),
     }

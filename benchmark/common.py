@@ -10,6 +10,7 @@ from benchmark.measure import DEFAULT_PROMPTS, Sampling
 from benchmark.rows import base_names
 from xfuser.config.arguments import base_settings
 from xfuser.config.cache import FIRST
+from xfuser.core.distributed.environment import describe_environment
 from xfuser.model_executor.pipelines import MODEL_TYPES, LoadedPipeline
 
 
@@ -68,6 +69,20 @@ def evaluation_folder(loaded: LoadedPipeline, args: argparse.Namespace) -> Path 
         return None
     default = loaded.spec.default
     return Path(default()) / "evaluation" if callable(default) else None
+
+
+def describe_run(loaded: LoadedPipeline, sampling: Sampling, named: dict[str, Any] | None = None) -> dict[str, Any]:
+    """How a results file begins: schema, machine, model and settings, ``named`` ones among them."""
+    return {
+        "schema": 1,
+        "environment": describe_environment(loaded.pipeline.device),
+        "model": {
+            "name": loaded.name,
+            "type": loaded.model_type,
+            "dtype": str(loaded.dtype).removeprefix("torch."),
+        },
+        "settings": vars(sampling) | {"prompts": list(sampling.prompts)} | (named or {}),
+    }
 
 
 def announce(loaded: LoadedPipeline, rows: int, args: argparse.Namespace) -> str:

@@ -8,7 +8,6 @@ Writes sensitivity_results.json and sensitivity.md into --output_dir.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -31,6 +30,7 @@ from benchmark.common import (  # noqa: E402
     add_evaluation_arguments,
     announce,
     bases_of,
+    describe_run,
     evaluation_folder,
     sampling_of,
 )
@@ -45,9 +45,9 @@ from xfuser.config.arguments import (  # noqa: E402
     add_sampling_arguments,
     correction_settings,
 )
-from xfuser.core.distributed.environment import choose_device, describe_environment  # noqa: E402
+from xfuser.core.distributed.environment import choose_device  # noqa: E402
+from xfuser.core.files import write_json, write_text  # noqa: E402
 from xfuser.model_executor.pipelines import MODEL_TYPES, load_pipeline  # noqa: E402
-from xfuser.model_executor.pipelines.generate import write_json  # noqa: E402
 from xfuser.report.columns import RESULT_COLUMNS, Column  # noqa: E402
 
 RESULTS, MARKDOWN = "sensitivity_results.json", "sensitivity.md"
@@ -115,10 +115,7 @@ def execute(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     if args.use_cache in missing:
         raise ValueError(missing[args.use_cache])
     document = {
-        "schema": 1,
-        "environment": describe_environment(device),
-        "model": {"name": loaded.name, "type": args.model_type, "dtype": str(loaded.dtype).removeprefix("torch.")},
-        "settings": vars(sampling) | {"prompts": list(sampling.prompts)},
+        **describe_run(loaded, sampling),
         "base": args.use_cache,
         "mode": rows[-1].config.mode,
         "tables": {
@@ -179,13 +176,6 @@ def terminal_table(document: Mapping[str, Any], parameter: str) -> Table:
     for line in lines:
         table.add_row(*(Text(cell) for cell in line))
     return table
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file, under a temporary name until it is whole."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def main() -> None:

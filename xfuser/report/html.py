@@ -13,6 +13,7 @@ import jinja2
 import numpy as np
 from PIL import Image
 
+from xfuser.core.files import write_text
 from xfuser.report.columns import COMPARISON_COLUMNS, RESULT_COLUMNS, psnr_verdict
 from xfuser.report.curves import sweep_curves
 from xfuser.report.figures import decision_map, quality_speed_curve, trace_arrays
@@ -48,7 +49,9 @@ def write_report(
     source = resources.files(__package__).joinpath("template.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     page = environment.from_string(source).render(_context(document, images, traces))
-    _replace(Path(path), page)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, page)
 
 
 def _context(
@@ -122,15 +125,3 @@ def _caption(trace: Mapping[str, Any]) -> str:
         return f"{text}; no evaluation had a prediction to check."
     ratio = float(np.median(predicted[both] / true[both]))
     return f"{text}; the median ratio of predicted to true error over {both.sum()} checked evaluations is {ratio:.2f}."
-
-
-def _replace(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Opened by hand rather than by tempfile, whose files only their owner may read.
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

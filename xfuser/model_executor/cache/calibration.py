@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,9 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
+from xfuser.core.files import replacing, write_json
 from xfuser.model_executor.cache.approximation import ORDERS, Extrapolation
 
 SCHEMA = 1
@@ -107,13 +107,10 @@ class Calibration:
         for (block, stream), matrix in self.maps.items():
             tensors[f"maps.{block}.{stream}"] = matrix.half().contiguous()
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.partial")
-        save_file(tensors, temporary)
-        describing = path.with_suffix(".json")
-        described = describing.with_name(f".{describing.name}.partial")
-        described.write_text(json.dumps({"schema": SCHEMA, **self.provenance}, indent=2) + "\n")
-        os.replace(described, describing)
-        os.replace(temporary, path)
+        write_json(path.with_suffix(".json"), {"schema": SCHEMA, **self.provenance})
+        with replacing(path) as temporary:
+            # Not save_file, whose files only their owner may read.
+            temporary.write_bytes(save(tensors))
 
     @classmethod
     def load(cls, path: Path) -> Calibration:

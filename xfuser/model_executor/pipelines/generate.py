@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from xfuser.core.distributed.environment import synchronize
+from xfuser.core.files import replacing, write_json
 from xfuser.model_executor.cache import CacheEngine
 from xfuser.model_executor.pipelines.loading import LoadedPipeline
 
@@ -89,14 +89,6 @@ def generate_images(
 def save_image(pixels: np.ndarray, path: Path) -> Path:
     """Save float [H, W, C] in [0, 1] as a PNG, under a temporary name until it is whole."""
     shades = np.round(pixels * 255).astype(np.uint8)
-    temporary = path.with_name(f".{path.name}.partial")
-    Image.fromarray(shades[..., 0] if shades.shape[-1] == 1 else shades).save(temporary, format="PNG")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        Image.fromarray(shades[..., 0] if shades.shape[-1] == 1 else shades).save(temporary, format="PNG")
     return path
-
-
-def write_json(path: Path, document: dict[str, Any]) -> None:
-    """Write JSON (no NaN), under a temporary name until it is whole."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n")
-    os.replace(temporary, path)
