@@ -52,7 +52,7 @@ class Calibrator:
         Raises:
             ValueError: The calibration is for another number of steps, or there is none and the number is unknown.
         """
-        self._take_in()
+        self.settle()
         before = self.calibration
         if self._first:
             self.calibration = self._by_steps.get(num_steps)
@@ -69,9 +69,6 @@ class Calibrator:
 
     def settle(self) -> None:
         """Take in the generation that has just ended, where it was whole; forget it where it was not."""
-        self._take_in()
-
-    def _take_in(self) -> None:
         if self.recorder is not None and self.recorder.finish_generation() and self._first:
             self._by_steps[self.recorder.expected_steps] = self.recorded()
             self.recorder = None

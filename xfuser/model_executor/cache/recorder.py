@@ -20,11 +20,17 @@ SETTLED = 3  # steps left out of the linear maps: the first ones are always eval
 
 @dataclass
 class BranchRecord:
-    """Samples of one branch of one generation: per step and block, every stream's input and output [n, D]."""
+    """Samples of one branch of one generation: per step and block, every stream's input and output [n, D].
+
+    ``signals`` pairs the relative changes, from step to step, of the first block's modulated input and of the last
+    block's output; ``change`` is the first of the step that runs.
+    """
 
     steps: list[dict[int, list[tuple[torch.Tensor, torch.Tensor]]]] = field(default_factory=list)
     modulated: torch.Tensor | None = None
     final: torch.Tensor | None = None
+    change: float | None = None
+    signals: list[tuple[float, float]] = field(default_factory=list)
 
 
 @dataclass
@@ -49,7 +55,7 @@ class Recorder:
         record = self._branches.setdefault(branch, BranchRecord())
         record.steps.append({})
         previous, record.modulated = record.modulated, modulated.detach()
-        self._pending_signal = _relative_l1(record.modulated, previous)
+        record.change = _relative_l1(record.modulated, previous)
 
     def collect(self, branch: BranchKey, block: int, inputs: Streams, outputs: Streams) -> None:
         """One block's evaluation."""
@@ -59,12 +65,8 @@ class Recorder:
         if block == self.blocks - 1:
             previous, record.final = record.final, outputs[0].detach()
             change = _relative_l1(record.final, previous)
-            if self._pending_signal is not None and change is not None:
-                self._signals.append((self._pending_signal, change))
-
-    def discard(self) -> None:
-        """Forget the generation that runs."""
-        self._branches.clear()
+            if record.change is not None and change is not None:
+                record.signals.append((record.change, change))
 
     def finish_generation(self) -> bool:
         """Take the generation in; ``False`` where it was not whole, which leaves everything as it was."""
@@ -114,6 +116,7 @@ class Recorder:
         gram, square = torch.stack(grams), torch.stack(squares)
         self._gram = gram if self._gram is None else self._gram + gram
         self._square = square if self._square is None else self._square + square
+        self._signals += record.signals
         for block in range(self.blocks):
             self._add_changes(record, block)
 
