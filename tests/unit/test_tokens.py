@@ -11,9 +11,8 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
-from toys import ALL_FAMILIES, Toy, attached, build_toy_dit, drive, wrapped
+from toys import ALL_FAMILIES, Toy, attached, build_toy_dit, choosing, drive, wrapped
 
-from xfuser.core.attention import KeyValueMemory
 from xfuser.model_executor.adapters import declaration_of
 from xfuser.model_executor.cache import CacheEngine, apply_cache_on_transformer
 from xfuser.model_executor.cache.linear import MEMORY, RIDGE
@@ -75,37 +74,7 @@ def test_what_is_taken_goes_back_to_its_place() -> None:
     assert float(stream.min()) == 0
 
 
-# -- remembered keys and values ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("text_first", [False, True])
-def test_fresh_keys_are_put_among_the_remembered_ones(text_first: bool) -> None:
-    """Two text tokens and five image tokens, of which 1 and 4 are fresh, and all text is."""
-    memory = KeyValueMemory()
-    held = torch.arange(7.0).reshape(1, 1, 7, 1)
-    memory.keep(3, held.clone(), held.clone() * 10)
-    text, image = torch.tensor([100.0, 101.0]), torch.tensor([201.0, 204.0])
-    fresh = torch.cat([text, image] if text_first else [image, text]).reshape(1, 1, 4, 1)
-    others = slice(0, 2) if text_first else slice(5, 7)
-    key, value = memory.update(3, torch.tensor([[1, 4]]), 2 if text_first else 0, others, fresh, fresh * 10)
-    expected = [100, 101, 2, 201, 4, 5, 204] if text_first else [0, 201, 2, 3, 204, 100, 101]
-    assert key.flatten().tolist() == expected
-    assert value.flatten().tolist() == [10 * each for each in expected]
-    assert [tensor.flatten().tolist() for tensor in memory.tensors()] == [key.flatten().tolist()] * 1 + [
-        value.flatten().tolist()
-    ]
-    assert memory.holds(range(3, 4)) and not memory.holds(range(3, 5))
-
-
 # -- all, none, some -----------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def choosing(choose: Callable[[torch.Tensor], TokenChoice | None]) -> Iterator[None]:
-    """Fast's choice of tokens, from the first block's input alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TokenChoice, "moving", lambda current, previous, threshold, text=0: choose(current))
-        yield
 
 
 def all_places(current: torch.Tensor) -> TokenChoice:
@@ -213,126 +182,6 @@ def test_tokens_that_stand_still_take_the_fitted_map(toy: Toy) -> None:
             expected = residuals[step - 1] + (inputs[step] - inputs[step - 1]) @ fitted
             torch.testing.assert_close(residuals[step][:, 1::2], expected[:, 1::2], rtol=1e-4, atol=1e-4)
             assert not torch.allclose(residuals[step][:, ::2], expected[:, ::2], rtol=1e-4, atol=1e-4)
-
-
-# -- attention by hand ---------------------------------------------------------------------------------------------
-
-
-def attention_modules(toy: Toy) -> list[tuple[int, str, nn.Module]]:
-    names = declaration_of(toy.transformer).self_attention
-    found = [(index, name, getattr(block, name, None)) for index, block in enumerate(toy.blocks) for name in names]
-    return [(index, name, module) for index, name, module in found if module is not None]
-
-
-class FullSequence:
-    """What one attention module would give on all tokens, each as it was when it was last evaluated."""
-
-    def __init__(self, module: nn.Module, name: str, text_first: bool) -> None:
-        self.module, self.name, self.text_first = module, name, text_first
-        self.places: torch.Tensor | None = None  # of the image tokens of this step; None for all
-        self.tokens = 0
-        self.image: torch.Tensor | None = None
-        self.rotary: Any = None
-        self.partial = 0
-
-    def attend(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The engine's output, after comparing it with the module's own on the whole sequence."""
-        output = original(*args, **kwargs)
-        hidden = args[0] if args else kwargs["hidden_states"]
-        text = kwargs.get("encoder_hidden_states")
-        inside = text is None and self.text_first and self.tokens != 0 and "image_rotary_emb" in kwargs
-        lead = hidden.shape[1] - self._count() if inside else 0  # Flux's single blocks: text and image in one
-        image = hidden[:, lead:]
-        if self.places is None:
-            self.image, self.rotary = image.clone(), kwargs.get("image_rotary_emb")
-            return output
-        self.partial += 1
-        index = self.places[:, :, None].expand(-1, -1, image.shape[2])
-        self.image = self.image.scatter(1, index, image)
-        whole = torch.cat([hidden[:, :lead], self.image], dim=1)
-        full = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        if "image_rotary_emb" in kwargs:
-            full["image_rotary_emb"] = self.rotary
-        expected = type(self.module).forward(self.module, whole, **full)
-        joint = isinstance(expected, tuple)
-        ours, theirs = (output[0], expected[0]) if joint else (output, expected)
-        torch.testing.assert_close(ours[:, :lead], theirs[:, :lead], rtol=1e-4, atol=1e-5)
-        index = self.places[:, :, None].expand(-1, -1, theirs.shape[2])
-        torch.testing.assert_close(ours[:, lead:], theirs[:, lead:].gather(1, index), rtol=1e-4, atol=1e-5)
-        if joint:
-            torch.testing.assert_close(output[1], expected[1], rtol=1e-4, atol=1e-5)
-        return output
-
-    def _count(self) -> int:
-        return self.tokens if self.places is None else self.places.shape[1]
-
-
-@pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_moving_tokens_attend_to_the_remembered_ones(toy: Toy) -> None:
-    """Every attention, at every step, is the module's own on the whole sequence: moving tokens and text as they are
-    now, static ones as they were when they were last evaluated.
-    """
-    declaration = declaration_of(toy.transformer)
-    sequences = [FullSequence(module, name, declaration.text_first) for _, name, module in attention_modules(toy)]
-    steps: list[int] = []
-    previous: list[torch.Tensor] = []
-
-    def choose(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The paper's saliency, from the first block's input."""
-        hidden = args[0] if args else kwargs["hidden_states"]
-        places = None
-        if len(previous) >= WARMUP:
-            square = (hidden - previous[-1]).square().sum(-1)
-            moving = square >= 0.3 * square.max(dim=1, keepdim=True).values
-            count = int(moving.sum(1).max())
-            ranks = torch.where(moving, torch.inf, square).argsort(dim=1, descending=True)
-            places = ranks[:, :count].sort(dim=1).values
-            if declaration.per_token:
-                union = sorted(set(places.flatten().tolist()))
-                places = torch.tensor([union] * len(hidden))
-            steps.append(places.shape[1])
-        previous.append(hidden.clone())
-        for each in sequences:
-            each.places, each.tokens = places, hidden.shape[1]
-
-    def checking(each: FullSequence) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        # Inside the engine's own wrapper the module's forward sees the chosen tokens; outside it, the same.
-        def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-            return lambda *args, **kwargs: each.attend(original, args, kwargs)
-
-        return wrap
-
-    with attached(toy.pipeline, "pipeline", "Fast", rel_l1_thresh=0, motion_threshold=0.3), ExitStack() as stack:
-        stack.callback(toy.blocks[0].register_forward_pre_hook(choose, with_kwargs=True).remove)
-        for each in sequences:
-            inner = each.module.forward
-            each.module.forward = checking(each)(inner)
-            stack.callback(setattr, each.module, "forward", inner)
-        toy.images(STEPS, batch=2)
-    assert len(steps) == STEPS - WARMUP
-    assert all(1 <= count <= sequences[0].tokens for count in steps) and min(steps) < sequences[0].tokens
-    assert all(each.partial == len(steps) for each in sequences)
-
-
-def test_rotary_embeddings_follow_the_tokens(flux: Toy) -> None:
-    """Text first, then the chosen image tokens, for both halves of the embedding."""
-    places = torch.tensor([1, 5, 6])
-    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append(kwargs["image_rotary_emb"])
-
-    with choosing(lambda current: TokenChoice(places[None], current.shape[1])), ExitStack() as stack:
-        for block in flux.blocks:
-            stack.callback(block.attn.register_forward_pre_hook(note, with_kwargs=True).remove)
-        settings = {"rel_l1_thresh": 0, "motion_threshold": 0.5}
-        stack.enter_context(attached(flux.pipeline, "transformer", "Fast", **settings))
-        drive(flux.transformer, 4)
-    whole, partial = seen[0], seen[-len(flux.blocks) :]
-    rows = torch.cat([torch.arange(6), places + 6])
-    assert whole[0].shape[0] == 6 + 16
-    for halves in partial:
-        assert all(torch.equal(half, full[rows]) for half, full in zip(halves, whole, strict=True))
 
 
 # -- counting ------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from torch import nn
@@ -16,6 +17,7 @@ from torch import nn
 from xfuser.config import CacheConfig
 from xfuser.model_executor.adapters import ModelDeclaration
 from xfuser.model_executor.cache import CacheEngine, apply_cache_on_pipeline, apply_cache_on_transformer
+from xfuser.model_executor.cache.tokens import TokenChoice
 from xfuser.model_executor.pipelines.toy_flux import build_toy_flux
 from xfuser.model_executor.pipelines.toy_pixart import build_toy_pixart
 from xfuser.model_executor.pipelines.toy_sd3 import build_toy_sd3
@@ -242,3 +244,11 @@ SCRIPTED = ModelDeclaration(
 def scripted_engine(transformer: ScriptedTransformer, **settings: Any) -> CacheEngine:
     """An engine whose TeaCache compares the samples themselves."""
     return CacheEngine(transformer, SCRIPTED, CacheConfig.from_keywords(**settings))
+
+
+@contextmanager
+def choosing(choose: Callable[[torch.Tensor], TokenChoice | None]) -> Iterator[None]:
+    """Fast's choice of tokens, from the first block's input alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TokenChoice, "moving", lambda current, previous, threshold, text=0: choose(current))
+        yield
