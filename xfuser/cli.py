@@ -27,8 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="generate images", description="Generate images.")
     add_model_arguments(generate, list(MODEL_TYPES))
     add_sampling_arguments(generate)
-    generate.add_argument("--prompt", nargs="+", help="prompts, taken in turn (flux, pixart, sd3)")
-    generate.add_argument("--class_label", nargs="+", help="class numbers or names, taken in turn (tiny-dit, dit)")
+    add_condition_arguments(generate)
     generate.add_argument("--output_dir", type=Path, default=Path("outputs"), help="default: %(default)s")
     generate.add_argument(
         "--use_cache", choices=[str(name) for name in POLICIES], default="None", help="default: %(default)s"
@@ -47,13 +46,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_model_arguments(calibrate, list(MODEL_TYPES))
     add_sampling_arguments(calibrate)
-    calibrate.add_argument("--prompt", nargs="+", help="prompts, taken in turn (flux, pixart, sd3)")
-    calibrate.add_argument("--class_label", nargs="+", help="class numbers or names, taken in turn (tiny-dit, dit)")
+    add_condition_arguments(calibrate)
     calibrate.add_argument(
         "--output", type=Path, default=Path("calibration.safetensors"), help="a .safetensors file; default: %(default)s"
     )
     calibrate.set_defaults(run=run_calibrate, num_images=16)
     return parser
+
+
+def add_condition_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the images are to show."""
+    parser.add_argument("--prompt", nargs="+", help="prompts, taken in turn (flux, pixart, sd3)")
+    parser.add_argument("--class_label", nargs="+", help="class numbers or names, taken in turn (tiny-dit, dit)")
 
 
 def run_generate(args: argparse.Namespace) -> None:
@@ -80,7 +84,7 @@ def run_calibrate(args: argparse.Namespace) -> None:
     if args.output.suffix != ".safetensors":
         raise ValueError(f"--output: {str(args.output)!r} does not end in .safetensors")
     check_conditions(args)
-    check_output_folder(args.output.parent)
+    check_output_folder(args.output.parent, "--output")
     loaded, request = load_and_request(args)
     engine = apply_cache_on_pipeline(loaded.pipeline)
     engine.record()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from toys import FAMILIES, ScriptedTransformer, Toy, attached, drive, growing_values, scripted_engine, wrapped
 
-from xfuser.model_executor.cache.approximation import extrapolation_weights, history_length, remainder
+from xfuser.model_executor.cache.approximation import ORDERS, Extrapolation, extrapolation_weights, remainder
 from xfuser.model_executor.cache.memory import BranchMemory
 
 
@@ -104,7 +104,9 @@ def test_remainder_is_the_error_on_the_next_power(order: int) -> None:
 
 
 def test_history_lengths() -> None:
-    lengths = {name: history_length(name) for name in ("activation", "residual", "taylor-1", "taylor-2")}
+    lengths = {
+        name: Extrapolation(ORDERS[name]).order + 1 for name in ("activation", "residual", "taylor-1", "taylor-2")
+    }
     assert lengths == {"activation": 1, "residual": 1, "taylor-1": 2, "taylor-2": 3}
 
 

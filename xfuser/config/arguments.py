@@ -35,13 +35,22 @@ def add_base_arguments(parser: argparse.ArgumentParser) -> None:
     """The base methods' own settings, and what was calibrated; each method is given those that it reads."""
     group = parser.add_argument_group("base methods")
     group.add_argument(
-        "--motion_threshold", type=float, help="Fast: evaluate only tokens that move more (default: all tokens)"
+        "--motion_threshold",
+        type=float,
+        help="Fast: evaluate only tokens whose squared change is at least this share of the largest, 0 or more "
+        "(default: all tokens)",
     )
-    group.add_argument("--adaptive_threshold", action="store_true", help="Fast: use the published adaptive threshold")
-    group.add_argument("--significance", type=float, help="Fast: α of the χ² test (default: 0.05)")
+    group.add_argument(
+        "--adaptive_threshold",
+        action="store_true",
+        help="Fast: bound the drift by the published adaptive threshold too (default: off)",
+    )
+    group.add_argument("--significance", type=float, help="Fast: α of the χ² test, 0 to 1 (default: 0.05)")
     group.add_argument("--interval", type=positive, help="Interval: evaluate every N-th step (default: 3)")
     group.add_argument(
-        "--calibration", metavar="FILE", help="a file of `xdit calibrate`, or 'first': learn from the first generation"
+        "--calibration",
+        metavar="FILE",
+        help="a file of `xdit calibrate`, or 'first': learn from the first generation (default: none)",
     )
 
 

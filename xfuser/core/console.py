@@ -15,10 +15,10 @@ def quiet_libraries() -> None:
         os.environ.setdefault(name, "error")
 
 
-def check_output_folder(path: Path) -> None:
+def check_output_folder(path: Path, flag: str = "--output_dir") -> None:
     """Raise NotADirectoryError early where results could not be written later."""
     for folder in (path, *path.parents):
         if folder.exists():
             if not folder.is_dir():
-                raise NotADirectoryError(f"--output_dir: {folder} is a file; name a folder")
+                raise NotADirectoryError(f"{flag}: {folder} is a file; name a folder")
             return

@@ -14,11 +14,6 @@ from typing import ClassVar
 ORDERS = {"activation": 0, "residual": 0, "linear": 0, "taylor-1": 1, "taylor-2": 2, "fitted": 2}
 
 
-def history_length(approximation: str) -> int:
-    """How many evaluated steps an approximation reads."""
-    return ORDERS[approximation] + 1
-
-
 class Extrapolation:
     """Weights of the polynomial through the newest evaluations: those of every block alike.
 

@@ -183,8 +183,8 @@ class Deliberation:
         drift = torch.linalg.vector_norm(inputs - reference, dim=-1, dtype=torch.float32)
         norm = torch.linalg.vector_norm(reference, dim=-1, dtype=torch.float32).mean()
         weights = sensitivity * (drift / norm).square()
-        asking = weights >= 1
-        return TokenChoice.wanted(asking, weights, text) if bool(asking.any()) else None
+        choice = TokenChoice.wanted(weights >= 1, weights, text)
+        return choice if choice.share > 0 else None
 
     def tell(self, branch: Branch) -> None:
         """An exchange of its own, for what the last step of a generation measured."""
