@@ -45,6 +45,8 @@ setup(
         "jinja2>=3.1",
         "rich>=13.0",
         "packaging>=21.0",
+        "yunchang>=0.6.4",
+        "distvae>=0.1.0",
         "pillow>=10.1",
     ],
     extras_require={

@@ -14,9 +14,12 @@ except PackageNotFoundError:
 _PUBLIC = {
     "CacheConfig": "xfuser.config",
     "CacheEngine": "xfuser.model_executor.cache",
+    "ParallelConfig": "xfuser.config",
+    "ParallelMesh": "xfuser.core.distributed.mesh",
     "apply_cache_on_pipeline": "xfuser.model_executor.cache",
     "apply_cache_on_transformer": "xfuser.model_executor.cache",
     "load_pipeline": "xfuser.model_executor.pipelines",
+    "parallelize": "xfuser.model_executor.parallel",
 }
 
 __all__ = [*_PUBLIC, "__version__"]

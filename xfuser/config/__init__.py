@@ -1,5 +1,6 @@
 """Settings as frozen dataclasses, and their reading from a command line."""
 
 from xfuser.config.cache import CacheConfig
+from xfuser.config.parallel import ParallelConfig
 
-__all__ = ["CacheConfig"]
+__all__ = ["CacheConfig", "ParallelConfig"]

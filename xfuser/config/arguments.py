@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 from typing import Any
 
 from xfuser.config.cache import APPROXIMATIONS, DEFAULT_TOLERANCE, GRANULARITIES, MODES, SCORES, SYNCS
+from xfuser.config.parallel import ParallelConfig
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, model_types: list[str]) -> None:
@@ -120,3 +122,53 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return value
+
+
+def add_parallel_arguments(parser: argparse.ArgumentParser) -> None:
+    """How the work is spread over processes; the names are xDiT's."""
+    group = parser.add_argument_group("parallel (the degrees multiply to the number of processes)")
+    group.add_argument(
+        "--data_parallel_degree", type=positive, default=1, help="groups that generate different images (default: 1)"
+    )
+    group.add_argument(
+        "--use_cfg_parallel",
+        action="store_true",
+        help="each guidance branch on ranks of its own: doubles the processes",
+    )
+    group.add_argument(
+        "--pipefusion_parallel_degree", type=positive, default=1, help="stages that share the blocks (default: 1)"
+    )
+    group.add_argument("--ring_degree", type=positive, default=1, help="ranks of ring attention (default: 1)")
+    group.add_argument("--ulysses_degree", type=positive, default=1, help="ranks that share the heads (default: 1)")
+    group.add_argument("--num_pipeline_patch", type=positive, help="PipeFusion: patches (default: one a stage)")
+    group.add_argument(
+        "--warmup_steps", type=positive, default=1, help="PipeFusion: leading synchronous steps (default: %(default)s)"
+    )
+    group.add_argument(
+        "--attn_layer_num_for_pp", type=positive, nargs="+", help="PipeFusion: blocks of each stage (default: even)"
+    )
+    group.add_argument(
+        "--pipefusion_max_lag",
+        type=int,
+        help="PipeFusion: age in steps up to which remembered keys and values are used, else the step is synchronous "
+        "(default: 1, and 0 with a cache)",
+    )
+    group.add_argument(
+        "--use_parallel_vae", action="store_true", help="decode in patches on all ranks that share an image (DistVAE)"
+    )
+    group.add_argument(
+        "--verify_agreement",
+        action="store_true",
+        help="compare the plans of all ranks at every step, and stop where two differ",
+    )
+
+
+def parallel_config(args: argparse.Namespace) -> ParallelConfig:
+    """The parallel settings of a command line.
+
+    Raises:
+        ValueError: One is out of its range.
+    """
+    settings = {each.name: getattr(args, each.name) for each in fields(ParallelConfig)}
+    split = settings["attn_layer_num_for_pp"]
+    return ParallelConfig(**(settings | {"attn_layer_num_for_pp": None if split is None else tuple(split)}))

@@ -1,5 +1,6 @@
 """Where the keys and values of the tokens that are not evaluated come from."""
 
-from xfuser.core.attention.remembered import KeyValueMemory, RememberedAttention
+from xfuser.core.attention.context import AttentionContext
+from xfuser.core.attention.memory import KeyValueMemory
 
-__all__ = ["KeyValueMemory", "RememberedAttention"]
+__all__ = ["AttentionContext", "KeyValueMemory"]

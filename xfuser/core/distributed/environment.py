@@ -1,13 +1,17 @@
-"""Device and threads of this process. The only place that names an accelerator."""
+"""This process: its rank, device and threads. The only place that names an accelerator."""
 
 from __future__ import annotations
 
+import datetime
 import os
 import platform
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+LAUNCHED_BY = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -22,7 +26,60 @@ def choose_device(name: str = "auto") -> torch.device:
     present = torch.cuda.is_available()
     if name == "cuda" and not present:
         raise ValueError("device 'cuda' was asked for, but torch sees no CUDA device; use --device cpu")
-    return torch.device("cuda" if present and name != "cpu" else "cpu")
+    if not present or name == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank()) if launched() else torch.device("cuda")
+
+
+def launched() -> bool:
+    """Whether torchrun, or something that sets the same variables, has started this process."""
+    return all(name in os.environ for name in LAUNCHED_BY)
+
+
+def world_size() -> int:
+    """Processes of this job, before any of them has been contacted."""
+    return int(os.environ["WORLD_SIZE"]) if launched() else 1
+
+
+def rank() -> int:
+    return int(os.environ["RANK"]) if launched() else 0
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def join_processes(device: torch.device, timeout: float | None = None) -> None:
+    """Meet the job's other processes, where torchrun has started several; one alone needs no group.
+
+    Args:
+        device: Where this process computes: gloo carries what lies on a CPU, NCCL what lies on an accelerator.
+        timeout: Seconds after which a missing peer is an error; by default torch's own.
+    """
+    if dist.is_initialized() or not launched():
+        return
+    limit = None if timeout is None else datetime.timedelta(seconds=timeout)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=limit, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=limit)
+
+
+def leave_processes() -> None:
+    """Part from the job's other processes."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def waiter(device: torch.device) -> Callable[[], None] | None:
+    """What makes a clock true on this device; ``None`` where nothing has to be waited for."""
+    return None if device.type == "cpu" else lambda: synchronize(device)
+
+
+def memory_peak(device: torch.device) -> int | None:
+    """The most bytes that this process has held on its accelerator; ``None`` on a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def synchronize(device: torch.device) -> None:

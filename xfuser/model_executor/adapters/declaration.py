@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,9 @@ class ModelDeclaration:
         self_attention: Names, within a block, of the attention modules in which image tokens attend to each other; one
             that a block does not have is passed over.
         per_token: Arguments of a block that hold one entry a token, text and image, in the order of the attention.
+        guidance: How pipelines evaluate the two branches of classifier-free guidance: ``"batch"``, side by side in one
+            call, or ``"calls"``, one call after the other.
+        tail_needs: Parts of block 0 that the transformer reads outside of it.
         text_first: Whether text tokens come before the image's in joint attention.
         timestep_direction: -1 where the timestep that the transformer sees falls during a generation, +1 where it
             rises.
@@ -51,6 +54,8 @@ class ModelDeclaration:
     skips_blocks: tuple[str, ...] = ()
     self_attention: tuple[str, ...] = ()
     per_token: tuple[str, ...] = ()
+    guidance: str = "batch"
+    tail_needs: tuple[str, ...] = ()
     text_first: bool = False
     timestep_direction: int = -1
 
@@ -78,6 +83,23 @@ class ModelDeclaration:
             before if by_name[name] is None else by_name[name]
             for name, before in zip(self.streams, inputs, strict=True)
         )
+
+    def take_tokens(self, value: Any, spans: Sequence[slice], lengths: Sequence[int]) -> Any:
+        """Those entries of a per-token argument that belong to spans of the streams, image first, of these lengths."""
+        if isinstance(value, tuple):
+            return tuple(self.take_tokens(each, spans, lengths) for each in value)
+        if value is None:
+            return None
+        order = [*range(1, len(lengths)), 0] if self.text_first else list(range(len(lengths)))
+        parts, begin = [], 0
+        for stream in order:
+            parts.append(value[begin + spans[stream].start : begin + spans[stream].stop])
+            begin += lengths[stream]
+        return torch.cat(parts)
+
+    def heads(self, transformer: nn.Module) -> int:
+        """Attention heads, which Ulysses splits."""
+        return int(transformer.config.num_attention_heads)
 
     def check_return_order(self, hidden_states_first: bool | None) -> None:
         """Refuse a claim about the return order that this family contradicts."""

@@ -26,4 +26,5 @@ DECLARATION = ModelDeclaration(
     conditioning=("class_labels",),
     modulated_input=modulated_input,
     self_attention=("attn1",),
+    tail_needs=("norm1.emb",),
 )

@@ -26,5 +26,6 @@ DECLARATION = ModelDeclaration(
     between_blocks=("controlnet_block_samples", "controlnet_single_block_samples"),
     self_attention=("attn",),
     per_token=("image_rotary_emb",),
+    guidance="calls",
     text_first=True,
 )

@@ -52,6 +52,15 @@ def apply_cache_on_pipeline(pipeline: Any, use_cache: str | None = None, **setti
 def _attach(transformer: Any, config: CacheConfig, scheduler: Any) -> CacheEngine:
     declaration = declaration_of(transformer)
     declaration.check_return_order(config.return_hidden_states_first)
+    check_unattached(transformer, scheduler)
+    engine = CacheEngine(transformer, declaration, config, calibration=load_calibration(transformer, config, scheduler))
+    if scheduler is not None:
+        engine.watch_scheduler(scheduler)
+    return engine
+
+
+def check_unattached(transformer: nn.Module, scheduler: Any) -> None:
+    """Refuse a transformer or scheduler that an engine is attached to already (ValueError)."""
     if is_attached(transformer):
         raise ValueError(
             f"this {type(transformer).__name__} has a cache attached already; call remove() on its engine first"
@@ -60,13 +69,14 @@ def _attach(transformer: Any, config: CacheConfig, scheduler: Any) -> CacheEngin
         raise ValueError(
             "this scheduler belongs to a pipeline with a cache attached; call remove() on its engine first"
         )
-    engine = CacheEngine(transformer, declaration, config, calibration=_calibration(transformer, config, scheduler))
-    if scheduler is not None:
-        engine.watch_scheduler(scheduler)
-    return engine
 
 
-def _calibration(transformer: nn.Module, config: CacheConfig, scheduler: Any) -> Calibration | None:
+def load_calibration(transformer: nn.Module, config: CacheConfig, scheduler: Any) -> Calibration | None:
+    """The calibration that the settings name, if it fits.
+
+    Raises:
+        ValueError: It does not, or cannot be read.
+    """
     if config.calibration is not None and scheduler is None and config.num_steps is None:
         raise ValueError("calibration: the number of steps is unknown; set num_steps, or use apply_cache_on_pipeline")
     if config.calibration in (None, FIRST):

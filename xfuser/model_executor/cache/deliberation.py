@@ -23,7 +23,7 @@ from xfuser.model_executor.cache.adacorrection.offset import (
 from xfuser.model_executor.cache.approximation import ORDERS, Extrapolation
 from xfuser.model_executor.cache.calibration import Calibration, FittedWeights
 from xfuser.model_executor.cache.linear import LinearMap, LinearMaps
-from xfuser.model_executor.cache.measurement import Sampler, sample_tokens
+from xfuser.model_executor.cache.measurement import Sampler
 from xfuser.model_executor.cache.memory import BranchMemory
 from xfuser.model_executor.cache.plan import StepPlan
 from xfuser.model_executor.cache.policies import Policy
@@ -33,6 +33,7 @@ from xfuser.model_executor.cache.state import Active, Branch, Pending
 from xfuser.model_executor.cache.statistics import Statistics, StepRecord
 from xfuser.model_executor.cache.steps import Call
 from xfuser.model_executor.cache.tokens import TokenChoice
+from xfuser.model_executor.pipefusion import Placement
 
 
 class Deliberation:
@@ -49,8 +50,10 @@ class Deliberation:
         exchange: SumExchange,
         statistics: Statistics,
         calibration: Calibration | None,
+        placement: Placement,
     ) -> None:
         self.run = statistics.blocks
+        self.placement = placement
         self.config, self.policy, self.exchange, self.statistics = config, policy, exchange, statistics
         self._score = OffsetScore(config.adacorr_score, config.adacorr_lambda)
         self.use(calibration)
@@ -87,6 +90,10 @@ class Deliberation:
         """Keep a sample of what was just evaluated, for its drift and the error of what would have stood in."""
         active.branch.sampler.collect(row, inputs[0], outputs[0])
 
+    def note(self, active: Active, row: int) -> None:
+        """Another stage has evaluated a row, and measures it."""
+        active.branch.sampler.note(row, active.first_inputs[0])
+
     def close(self, active: Active) -> None:
         """Sum up what the step measured; it is told with the next step's exchange.
 
@@ -100,6 +107,8 @@ class Deliberation:
     def signal(self, active: Active, block: nn.Module, probed: Streams | None) -> torch.Tensor:
         """The base method's sums of this step; ``probed`` are the first block's outputs, where it probes it."""
         state = active.branch.policy_state
+        if not (self.placement.stage.is_first or self.policy.observes_blocks):
+            return torch.zeros(self.policy.signals, device=active.first_inputs[0].device)
         return self.policy.measure(state, block, active.first_arguments, active.first_inputs, probed)
 
     @property
@@ -133,6 +142,8 @@ class Deliberation:
             plan, active.tokens = StepPlan.whole(units, True), None
         active.layerwise = self.layerwise and not forced and all(nodes)
         active.proposals, active.record.proposed = proposals, sum(proposals) / len(proposals)
+        told = (weight if not evaluate else -1.0 for evaluate, weight in zip(plan.evaluate, plan.weights, strict=True))
+        self.exchange.verify(call.step, tuple(told))
         proposed = any(share > 0 for share in proposals[probe_units:])
         evaluated = all(plan.evaluate[probe_units:])
         self.policy.commit(branch.policy_state, proposed if self.reviewer.shadows_base else evaluated)
@@ -147,7 +158,7 @@ class Deliberation:
         drift = torch.zeros(DRIFT, device=inputs.device)
         reference = branch.sampler.last_inputs(unit)
         if reference is not None:
-            drift = drift_sums(sample_tokens(inputs)[None], reference)
+            drift = drift_sums(branch.sampler.sample(inputs), reference)
         reduced = self.exchange.sum(torch.cat([own, drift]))
         proposal = active.proposals[unit]
         if self.policy.observes_blocks:
@@ -166,7 +177,8 @@ class Deliberation:
         merge = not self.policy.observes_blocks or self.reviewer.whole_steps
         merge = merge and active.branch.maps is None and self.config.granularity == "layer"
         probed, memory = self.policy.probe_blocks, active.branch.memory
-        return stand_ins(plan, active.call.step, memory, self.approximation, self.run, probed, merge)
+        cuts = self.placement.stage.starts()
+        return stand_ins(plan, active.call.step, memory, self.approximation, self.run, probed, merge, cuts)
 
     def stand_in_of(self, active: Active, unit: int) -> StandIn:
         """What stands in for one unit, whatever the plan says."""
@@ -187,15 +199,16 @@ class Deliberation:
         return choice if choice.share > 0 else None
 
     def tell(self, branch: Branch) -> None:
-        """An exchange of its own, for what the last step of a generation measured."""
+        """For what the last step of a generation measured, where nobody else has to be asked."""
         if branch.pending is not None:
             self._learn(branch, self.exchange.sum(self._rows(branch, branch.pending.measured.sums.device)))
 
     def _told(self, branch: Branch, signal: torch.Tensor, inputs: torch.Tensor) -> list[torch.Tensor]:
         drift = torch.zeros(DRIFT, device=signal.device)
         reference = branch.sampler.last_inputs(self.run)
-        if reference is not None:
-            drift = drift_sums(sample_tokens(inputs)[None], reference)
+        # Every stage has the inputs; one of them counts them.
+        if reference is not None and self.placement.stage.is_last:
+            drift = drift_sums(branch.sampler.sample(inputs), reference)
         unusable = branch.memory.count_unusable(signal.device, branch.keys.tensors())
         return [signal, drift, unusable[None], self._rows(branch, signal.device)]
 

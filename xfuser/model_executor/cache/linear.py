@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -80,12 +81,23 @@ class LinearMaps:
             change = after - before
             self.maps.setdefault((block, stream), LinearMap()).learn(change, right - left - change)
 
-    def stand_in(self, block: int, inputs: Streams, reference: Reference) -> Streams:
-        """What the block would give: its last residual, plus the map of what its input has changed since."""
-        residual = reference.residual_to(reference, 1)
+    def stand_in(
+        self,
+        block: int,
+        inputs: Streams,
+        reference: Reference,
+        take: Callable[[Streams], Streams] | None = None,
+    ) -> Streams:
+        """What the block would give: its last residual, plus the map of what its input has changed since.
+
+        ``take`` picks from remembered streams the part that ``inputs`` are of.
+        """
+        residual, known = reference.residual_to(reference, 1), reference.inputs
+        if take is not None:
+            residual, known = take(residual), take(known)
         return tuple(
             self._of_stream(block, stream, now, before, kept)
-            for stream, (now, before, kept) in enumerate(zip(inputs, reference.inputs, residual, strict=True))
+            for stream, (now, before, kept) in enumerate(zip(inputs, known, residual, strict=True))
         )
 
     def _of_stream(

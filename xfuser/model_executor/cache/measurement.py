@@ -8,6 +8,7 @@ from functools import cache
 
 import torch
 
+from xfuser.core.shards import Extent
 from xfuser.model_executor.cache.adacorrection.offset import offset_sums
 from xfuser.model_executor.cache.approximation import Extrapolation
 
@@ -19,15 +20,22 @@ WAITING = 4
 
 
 @cache
-def _sampled_places(tokens: int, device: torch.device) -> torch.Tensor:
+def _sampled_places(extent: Extent, images: int, tokens: int, device: torch.device) -> torch.Tensor:
     """The stride is odd, so that images whose token count is a power of two do not show the same few places."""
-    return torch.arange(0, tokens, tokens // TOKENS | 1, device=device)
+    whole = torch.arange(0, extent.images * extent.tokens, extent.images * extent.tokens // TOKENS | 1)
+    image = whole.div(extent.tokens, rounding_mode="floor") - extent.first_image
+    token = whole % extent.tokens - extent.first_token
+    here = (image >= 0) & (image < images) & (token >= 0) & (token < tokens)
+    return (image * tokens + token)[here].to(device)
 
 
-def sample_tokens(stream: torch.Tensor) -> torch.Tensor:
-    """Evenly spaced tokens of [B, P, D], over all images, copied as float32 [about 24, D]."""
-    tokens = stream.detach().flatten(0, 1)
-    return tokens.index_select(0, _sampled_places(len(tokens), tokens.device)).float()
+def sample_tokens(stream: torch.Tensor, extent: Extent | None = None) -> torch.Tensor:
+    """Evenly spaced tokens of all images [images, tokens, D], those of them that are in this rank's part [B, P, D],
+    copied as float32 [n, D]; about 24 over all ranks.
+    """
+    images, tokens, _ = stream.shape
+    places = _sampled_places(extent or Extent.whole(stream), images, tokens, stream.device)
+    return stream.detach().flatten(0, 1).index_select(0, places).float()
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,11 +63,14 @@ class Measured:
 class Sampler:
     """One branch's samples: those of the step that runs, and the remembered ones of the steps before.
 
-    A row is a block, or the run of all blocks behind the probed ones.
+    A row is a block, or the run of all blocks behind the probed ones. ``extent`` says which part of the activations
+    this rank holds; by default all of them.
     """
 
     approximation: Extrapolation
+    extent: Extent | None = None
     _open: list[tuple[int, torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    _elsewhere: set[int] = field(default_factory=set)
     _waiting: list[tuple[int, torch.Tensor, torch.Tensor]] = field(default_factory=list)
     _history: dict[int, deque[tuple[Evaluation, int]]] = field(default_factory=dict)
     _latest: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -70,6 +81,17 @@ class Sampler:
         if len(self._waiting) >= WAITING:
             self._sample_waiting()
 
+    def note(self, row: int, like: torch.Tensor) -> None:
+        """A row was evaluated on other ranks only: its sums here are zero, and its steps are known all the same."""
+        self._sample_waiting()
+        nothing = torch.zeros_like(self._sample(like))
+        self._open.append((row, nothing, nothing))
+        self._elsewhere.add(row)
+
+    def sample(self, stream: torch.Tensor) -> torch.Tensor:
+        """This rank's part of the sampled tokens, shape [1, n, D]."""
+        return sample_tokens(stream, self.extent)[None]
+
     def discard(self) -> None:
         """Forget everything."""
         self.abandon()
@@ -79,6 +101,7 @@ class Sampler:
         """Forget what was collected in this step."""
         self._waiting.clear()
         self._open.clear()
+        self._elsewhere.clear()
         self._latest = None
 
     def last_step(self, row: int) -> int | None:
@@ -97,8 +120,8 @@ class Sampler:
         if not self._open:
             return None
         rows, inputs, outputs = zip(*self._open, strict=True)
-        self._open.clear()
-        self._latest = None
+        here = [row not in self._elsewhere for row in rows]
+        self.abandon()
         inputs, outputs = torch.stack(inputs)[:, None], torch.stack(outputs)[:, None]
         if self._history and self._shape_changed(inputs):
             self._history.clear()
@@ -115,7 +138,10 @@ class Sampler:
         evaluation = Evaluation(step, inputs, outputs - inputs)
         for index, row in enumerate(rows):
             self._history.setdefault(row, deque(maxlen=self.approximation.order + 1)).appendleft((evaluation, index))
-        return Measured(torch.cat(parts), list(rows), notes, lags)
+        sums = torch.cat(parts)
+        if not all(here):
+            sums = sums * sums.new_tensor(here)[:, None]
+        return Measured(sums, list(rows), notes, lags)
 
     def _sample_waiting(self) -> None:
         for row, inputs, outputs in self._waiting:
@@ -124,7 +150,7 @@ class Sampler:
 
     def _sample(self, stream: torch.Tensor) -> torch.Tensor:
         if self._latest is None or self._latest[0] is not stream:
-            self._latest = (stream, sample_tokens(stream))
+            self._latest = (stream, sample_tokens(stream, self.extent))
         return self._latest[1]
 
     def _shape_changed(self, inputs: torch.Tensor) -> bool:

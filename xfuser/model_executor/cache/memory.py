@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -87,14 +87,26 @@ class BranchMemory:
             for a, b in zip(ours, theirs, strict=True)
         )
 
-    def stand_in(self, first: int, last: int, inputs: Streams, weights: tuple[float, ...]) -> Streams:
-        """inputs + Σ_j weights_j × residual_j of the linked run of units first … last."""
+    def stand_in(
+        self,
+        first: int,
+        last: int,
+        inputs: Streams,
+        weights: tuple[float, ...],
+        take: Callable[[Streams], Streams] | None = None,
+    ) -> Streams:
+        """inputs + Σ_j weights_j × residual_j of the linked run of units first … last.
+
+        ``take`` picks from remembered streams the part that ``inputs`` are of.
+        """
         length = last - first + 1
         outputs = inputs
         for weight, start, end in zip(weights, self.references[first], self.references[last], strict=False):
             if weight == 0:
                 continue
             residual = start.residual_to(end, length)
+            if take is not None:
+                residual = take(residual)
             outputs = tuple(torch.add(x, r, alpha=weight) for x, r in zip(outputs, residual, strict=True))
         return outputs
 

@@ -1,4 +1,4 @@
-"""Runs blocks on some of their tokens, which attend to what is remembered of the others."""
+"""Runs blocks on some of their tokens, which attend to what is remembered of the others, or is on other ranks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from xfuser.config import CacheConfig
-from xfuser.core.attention import RememberedAttention
+from xfuser.core.attention import AttentionContext
+from xfuser.core.shards import View
 from xfuser.model_executor.adapters import BoundArguments, ModelDeclaration, Streams
 from xfuser.model_executor.cache.attach import Replacement
 from xfuser.model_executor.cache.state import Active
@@ -17,11 +18,20 @@ from xfuser.model_executor.cache.tokens import TokenChoice
 
 
 class TokenRunner:
-    """Keeps the keys and values of every whole evaluation, so that later ones may be of some tokens only."""
+    """Runs blocks within the attention context.
 
-    def __init__(self, declaration: ModelDeclaration, blocks: Sequence[nn.Module]) -> None:
+    Args:
+        declaration: Of the model.
+        blocks: All its blocks.
+        attention: The context.
+        remembers: Whether to keep keys and values of every evaluation, so that later ones may be of some tokens only.
+    """
+
+    def __init__(
+        self, declaration: ModelDeclaration, blocks: Sequence[nn.Module], attention: AttentionContext, remembers: bool
+    ) -> None:
         self.declaration = declaration
-        self.attention = RememberedAttention()
+        self.attention, self._remembers = attention, remembers
         self._modules: list[tuple[str, nn.Module]] = []
         self._numbers: list[range] = []
         for index, block in enumerate(blocks):
@@ -29,17 +39,27 @@ class TokenRunner:
             found = [(name, module) for name, module in found if module is not None]
             if not found:
                 expected = " or ".join(declaration.self_attention)
-                raise TypeError(f"block {index} has no attention module {expected}; token reduction needs one")
+                raise TypeError(
+                    f"block {index} has no attention module {expected}; token reduction, PipeFusion and sequence "
+                    "parallelism need one"
+                )
             self._numbers.append(range(len(self._modules), len(self._modules) + len(found)))
             self._modules += found
 
     @classmethod
     def where_needed(
-        cls, config: CacheConfig, declaration: ModelDeclaration, blocks: Sequence[nn.Module]
+        cls,
+        config: CacheConfig,
+        declaration: ModelDeclaration,
+        blocks: Sequence[nn.Module],
+        attention: AttentionContext | None,
+        displaces: bool,
     ) -> TokenRunner | None:
-        """A runner where the settings may evaluate some tokens only."""
-        moving = bool(config.motion_threshold) and config.mode is None
-        return cls(declaration, blocks) if moving or config.granularity == "token" else None
+        """A runner where the settings may evaluate some tokens only, or where ranks share them (``attention``)."""
+        reduces = (bool(config.motion_threshold) and config.mode is None) or config.granularity == "token"
+        if attention is None and not reduces and not displaces:
+            return None
+        return cls(declaration, blocks, attention or AttentionContext(declaration.text_first), reduces or displaces)
 
     def attach(self) -> list[Replacement]:
         return [
@@ -54,8 +74,15 @@ class TokenRunner:
     def evaluate_all(
         self, active: Active, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        with self.attention.block(active.branch.keys, None, self.declaration.text_first):
+        with self.attention.block(active.branch.keys if self._remembers else None):
             return original(*args, **kwargs)
+
+    def evaluate_view(
+        self, active: Active, original: Callable[..., Any], named: dict[str, Any], view: View, batch: int
+    ) -> Any:
+        """A block on a view of a batch of that size; the other patches' keys and values are the remembered ones."""
+        with self.attention.block(active.branch.keys if self._remembers else None, view=view, batch=batch):
+            return original(**named)
 
     def evaluate_some(
         self,
@@ -78,7 +105,7 @@ class TokenRunner:
         chosen = (tokens.take(streams[0]), *streams[1:])
         new |= dict(zip(self.declaration.streams, chosen, strict=True))
         args, kwargs = arguments.replaced(args, kwargs, new)
-        with self.attention.block(active.branch.keys, tokens.places, self.declaration.text_first):
+        with self.attention.block(active.branch.keys, tokens.places):
             output = original(*args, **kwargs)
         return tokens, self.declaration.unpack(output, chosen)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from xfuser.model_executor.adapters import Streams
@@ -21,13 +22,20 @@ class StandIn:
 
 
 def stand_ins(
-    plan: StepPlan, step: int, memory: BranchMemory, approximation: Extrapolation, run: int, probed: int, merge: bool
+    plan: StepPlan,
+    step: int,
+    memory: BranchMemory,
+    approximation: Extrapolation,
+    run: int,
+    probed: int,
+    merge: bool,
+    cuts: frozenset[int] = frozenset(),
 ) -> dict[int, StandIn]:
     """Every unit that is not evaluated, by the first of those that one stand-in covers.
 
     Neighbours that share nodes and correction weight become one run where ``merge`` allows it: always with weights that
     all blocks share, else where the run is all units behind the probed ones, which has weights of its own (row
-    ``run``).
+    ``run``). No run goes on at a unit in ``cuts``, which other ranks hold.
     """
     found: dict[int, StandIn] = {}
     units = len(plan.evaluate)
@@ -35,7 +43,7 @@ def stand_ins(
     while unit < units:
         last = unit
         if not plan.evaluate[unit]:
-            while merge and last + 1 < units and _joins(plan, memory, unit, last):
+            while merge and last + 1 < units and last + 1 not in cuts and _joins(plan, memory, unit, last):
                 last += 1
             is_run = unit == probed and last == units - 1
             if last > unit and not is_run and not approximation.shared:
@@ -51,11 +59,17 @@ def _joins(plan: StepPlan, memory: BranchMemory, unit: int, last: int) -> bool:
     return not plan.evaluate[last + 1] and plan.weights[last + 1] == plan.weights[unit] and memory.linked(last)
 
 
-def stand_in_outputs(each: StandIn, inputs: Streams, memory: BranchMemory, maps: LinearMaps | None) -> Streams:
-    """The outputs that the stand-in gives for these inputs."""
+def stand_in_outputs(
+    each: StandIn,
+    inputs: Streams,
+    memory: BranchMemory,
+    maps: LinearMaps | None,
+    take: Callable[[Streams], Streams] | None = None,
+) -> Streams:
+    """The outputs that the stand-in gives for these inputs; ``take`` picks their part of whole streams."""
     if maps is not None:
-        return maps.stand_in(each.first, inputs, memory.references[each.first][0])
-    return memory.stand_in(each.first, each.last, inputs, each.weights)
+        return maps.stand_in(each.first, inputs, memory.references[each.first][0], take)
+    return memory.stand_in(each.first, each.last, inputs, each.weights, take)
 
 
 def cut_units(blocks: int, probed: int, one_by_one: bool) -> list[tuple[int, int]]:

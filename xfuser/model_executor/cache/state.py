@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from xfuser.core.attention import KeyValueMemory
 from xfuser.model_executor.adapters import Streams
+from xfuser.model_executor.cache.flops import FlopCount
 from xfuser.model_executor.cache.linear import LinearMaps
 from xfuser.model_executor.cache.measurement import Measured, Sampler
 from xfuser.model_executor.cache.memory import BranchMemory
@@ -50,9 +51,26 @@ class Branch:
         return self.memory.bytes() + sum(tensor.numel() * tensor.element_size() for tensor in self.keys.tensors())
 
 
+@dataclass(frozen=True)
+class BlockCall:
+    """A block as the model calls it: its own forward, its arguments, and the streams among them."""
+
+    index: int
+    original: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    streams: Streams
+
+
 @dataclass
 class Active:
-    """One call of the transformer, while it runs."""
+    """One call of the transformer, while it runs.
+
+    Attributes:
+        skip_until: The last block that a stand-in has covered.
+        calls: The blocks' calls, where they run later than they are called (PipeFusion).
+        counter: Counts this call's FLOPs, where they are not known yet.
+    """
 
     call: Call
     branch: Branch
@@ -66,6 +84,12 @@ class Active:
     proposals: tuple[float, ...] = ()
     layerwise: bool = False
     skip_until: int = -1
-    block_flops: list[float] | None = None
+    calls: list[BlockCall] = field(default_factory=list)
+    counter: FlopCount | None = None
+    block_flops: list[float] = field(default_factory=list)
     signal_flops: float = 0.0
     recorder_flops: float = 0.0
+
+    def counted(self) -> float:
+        """FLOPs of this call until now; 0 where nobody counts."""
+        return 0.0 if self.counter is None else float(self.counter.total)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import struct
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,10 +63,12 @@ class Statistics:
         self.within_prediction = 0
         self.predictions = 0
         self.generation = Generation()
+        self._digest = hashlib.sha256()
 
     def start_generation(self) -> None:
         self.generations += 1
         self.generation = Generation()
+        self._digest.update(b"generation")
 
     def add(self, branch: BranchKey, record: StepRecord, flops: StepFlops) -> None:
         """Count one finished call."""
@@ -77,6 +81,12 @@ class Statistics:
         )
         self.flops_added += flops.signal
         self.generation.records.setdefault(branch, []).append(record)
+        self._digest.update(struct.pack(f"<i{self.blocks}d", record.step, *record.evaluated))
+
+    @property
+    def plan_digest(self) -> str:
+        """Of all decisions since the last reset: which blocks were evaluated at which step."""
+        return self._digest.hexdigest()
 
     def count_prediction(self, predicted: float, true: float) -> None:
         if math.isfinite(predicted) and math.isfinite(true):
@@ -115,6 +125,7 @@ class Statistics:
             "signal_flops": self.signal_flops,
             "proposed_share": self.proposed / self.calls if self.calls else 0.0,
             "non_finite": self.non_finite,
+            "plan_digest": self.plan_digest,
             "prediction_coverage": self.within_prediction / self.predictions if self.predictions else None,
             "plan": last.table("evaluated"),
             "weights": last.table("weights"),

@@ -22,9 +22,11 @@ class Policy:
     Attributes:
         probe_blocks: Leading blocks that are evaluated before the proposal is made.
         observes_blocks: Whether it wants to see every block's input, evaluated or not, and decides block by block.
+        signals: How many sums `measure` gives, where the first block alone is looked at.
         needs_num_steps: Rules that are off while nobody knows how many steps a generation has.
     """
 
+    signals: ClassVar[int] = 0
     probe_blocks: ClassVar[int] = 0
     observes_blocks: ClassVar[bool] = False
     needs_num_steps: ClassVar[tuple[str, ...]] = ()

@@ -19,7 +19,7 @@ from xfuser.model_executor.cache.steps import Call
 from xfuser.model_executor.cache.tokens import TokenChoice
 
 WARMUP_STEPS = 3
-LAYER_SUMS = 3  # Σ‖H_t − H_{t−1}‖², Σ‖H_{t−1}‖², elements
+LAYER_SUMS = 3  # Σ‖H_t − H_{t−k}‖² / k², Σ‖H_{t−k}‖², elements; k steps since it was last seen
 # The published adaptive threshold β₀ + β₁·var + β₂·t + β₃·t², t from 0 to 1.
 ADAPTIVE = (0.01, 0.5, -0.002, 5e-5)
 
@@ -30,7 +30,6 @@ class LayerState:
 
     inputs: torch.Tensor | None = None
     step: int = -1
-    lag: int = 1
     elements: float = 1.0
     sums: torch.Tensor | None = None
     changes: list[float] = field(default_factory=list)
@@ -66,9 +65,9 @@ class FastPolicy(Policy):
         """Take in a block's input [B, P, D], whether or not the block runs."""
         layer = state.layer(block)
         if layer.inputs is not None and layer.inputs.shape == inputs.shape:
-            change = _square(inputs - layer.inputs)
+            change = _square(inputs - layer.inputs) / (step - layer.step) ** 2
             elements = torch.full_like(change, inputs.numel())
-            layer.sums, layer.lag = torch.stack((change, _square(layer.inputs), elements)), step - layer.step
+            layer.sums = torch.stack((change, _square(layer.inputs), elements))
         layer.inputs, layer.step = inputs.detach(), step
 
     def measure(
@@ -111,7 +110,7 @@ class FastPolicy(Policy):
             return 1.0
         if scale > 0:
             layer.elements = elements
-            layer.changes.append(change / scale / layer.lag**2)
+            layer.changes.append(change / scale)
             # The sums of a step are judged in the next one, or at once.
             if call.step < WARMUP_STEPS + (self.config.sync == "step"):
                 layer.warmup.append(layer.changes[-1])

@@ -23,6 +23,7 @@ class FirstBlockState:
 class FirstBlockPolicy(Policy):
     """Evaluates when the rel-L1 of block 0's residual, against that of the last computed step, is ≥ rel_l1_thresh."""
 
+    signals: ClassVar[int] = 2
     probe_blocks: ClassVar[int] = 1
 
     def new_state(self) -> FirstBlockState:

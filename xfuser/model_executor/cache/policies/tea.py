@@ -30,6 +30,7 @@ class TeaPolicy(Policy):
     identity where none is published.
     """
 
+    signals: ClassVar[int] = 2
     needs_num_steps: ClassVar[tuple[str, ...]] = ("TeaCache computes the last step",)
 
     def new_state(self) -> TeaState:

@@ -1,0 +1,73 @@
+"""Keys and values that outlive the step which computed them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+
+class KeyValueMemory:
+    """Keys and values [B, heads, S, d] of every declared attention module, by its number."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def clear(self) -> None:
+        self._held.clear()
+
+    def holds(self, modules: range) -> bool:
+        return all(module in self._held for module in modules)
+
+    def length(self, module: int) -> int:
+        return self._held[module][0].shape[2]
+
+    def keep(self, module: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        self._held[module] = (key.detach(), value.detach())
+
+    def keep_rows(self, module: int, batch: int, rows: slice | None, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Keep what belongs to some images of a batch of this size."""
+        if rows is None:
+            self.keep(module, key, value)
+            return
+        held = self._held.get(module)
+        if held is None or held[0].shape != (batch, *key.shape[1:]):
+            held = self._held[module] = (key.new_empty(batch, *key.shape[1:]), value.new_empty(batch, *value.shape[1:]))
+        for whole, fresh in zip(held, (key, value), strict=True):
+            whole[rows] = fresh
+
+    def update(
+        self, module: int, places: torch.Tensor, offset: int, others: slice, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put fresh keys and values among the remembered ones, which are changed in place, and return all of them.
+
+        The tokens at ``places`` [B, k] stand at ``offset`` among the fresh ones and among the remembered ones; those
+        in ``others`` (text, if any) come along whole.
+        """
+        remembered = self._held[module]
+        for whole, fresh in zip(remembered, (key, value), strict=True):
+            count = places.shape[1]
+            chosen = fresh[:, :, offset : offset + count]
+            index = (places + offset)[:, None, :, None].expand(-1, whole.shape[1], -1, whole.shape[3])
+            whole.scatter_(2, index, chosen)
+            if others.start != others.stop:
+                begin = count if offset == 0 else 0
+                whole[:, :, others] = fresh[:, :, begin : begin + others.stop - others.start]
+        return remembered
+
+    def update_spans(
+        self, module: int, spans: list[slice], key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put fresh keys and values, which stand one span after the other, at their spans of the remembered ones."""
+        remembered = self._held[module]
+        for whole, fresh in zip(remembered, (key, value), strict=True):
+            begin = 0
+            for span in spans:
+                count = span.stop - span.start
+                whole[:, :, span] = fresh[:, :, begin : begin + count]
+                begin += count
+        return remembered
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        for pair in self._held.values():
+            yield from pair

@@ -1,0 +1,220 @@
+"""Spread a pipeline over the ranks of a mesh, with a cache that decides alike on all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from xfuser.config import CacheConfig, ParallelConfig
+from xfuser.config.cache import FIRST
+from xfuser.core.attention import AttentionContext
+from xfuser.core.distributed.clock import Clock
+from xfuser.core.distributed.environment import waiter
+from xfuser.core.distributed.mesh import ParallelMesh
+from xfuser.core.distributed.statistics import SumExchange
+from xfuser.model_executor.adapters import BoundArguments, ModelDeclaration, declaration_of
+from xfuser.model_executor.cache.apply import check_unattached, load_calibration
+from xfuser.model_executor.cache.attach import Replacement, scheduler_calls
+from xfuser.model_executor.cache.engine import CacheEngine
+from xfuser.model_executor.parallel.guidance import BatchedBranches, BranchCalls, sample_of, with_sample
+from xfuser.model_executor.parallel.sequence import SequenceShards
+from xfuser.model_executor.pipefusion import Placement, Stage, drop_other_blocks
+
+
+class ParallelPipeline:
+    """A diffusers pipeline spread over the ranks of a mesh. Made by `parallelize`.
+
+    Attributes:
+        pipeline: The diffusers pipeline, to be called as ever, with the same arguments on every rank.
+        engine: The attached cache engine; ``use_cache=None`` evaluates everything.
+        mesh: This process's place.
+        clock: Where this rank's time went.
+    """
+
+    def __init__(self, pipeline: Any, mesh: ParallelMesh, config: CacheConfig, timed: bool | None = None) -> None:
+        self.pipeline, self.mesh, self.cache_config = pipeline, mesh, config
+        transformer = pipeline.transformer
+        declaration = declaration_of(transformer)
+        blocks = declaration.blocks(transformer)
+        mesh.config.check_model(declaration.heads(transformer), len(blocks))
+        declaration.check_return_order(config.return_hidden_states_first)
+        check_unattached(transformer, pipeline.scheduler)
+        _check_combination(config, mesh.config)
+        calibration = load_calibration(transformer, config, pipeline.scheduler)
+        self.clock = Clock(waiter(mesh.device) if timed else None)
+        self.placement = _placement(mesh, len(blocks), config, self.clock)
+        self.exchange = SumExchange(
+            mesh.control if mesh.shares_image else None, mesh.config.verify_agreement, self.clock
+        )
+        attention = self._attention(declaration)
+        self.engine = CacheEngine(
+            transformer, declaration, config, self.exchange, calibration, self.placement, attention
+        )
+        self._layers: list[Replacement] = []
+        self._attach_blocks(declaration, blocks, attention)
+        self.engine.watch_scheduler(pipeline.scheduler)
+        self._attach_root(transformer, declaration)
+        if not self.placement.stage.is_alone:
+            drop_other_blocks(blocks, self.placement.stage, declaration.tail_needs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.pipeline(*args, **kwargs)
+
+    def summary(self) -> dict[str, Any]:
+        """The engine's summary, this rank's place, and what the ranks have told each other."""
+        steps = max(self.engine.statistics.calls, 1)
+        return {
+            "mesh": dict(zip(("data", "cfg", "pipefusion", "ring", "ulysses"), self.mesh.config.shape, strict=True)),
+            "rank": self.mesh.coordinates(),
+            "collectives_per_step": self.exchange.collectives / steps,
+            "bytes_per_step": self.exchange.bytes_sent / steps,
+            "seconds": dict(self.clock.seconds),
+            **self.engine.summary(),
+        }
+
+    def gather(self, value: Any) -> list[Any]:
+        """One picklable value of every rank that shares the image, in rank order. Collective."""
+        if self.exchange.group is None:
+            return [value]
+        values: list[Any] = [None] * dist.get_world_size(self.exchange.group)
+        dist.all_gather_object(values, value, group=self.exchange.group)
+        return values
+
+    def parameter_bytes(self) -> int:
+        """What this rank holds of the transformer's weights."""
+        parameters = self.pipeline.transformer.parameters()
+        return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+
+    def remove(self) -> None:
+        """Take everything off again. What other stages hold of the weights is not here any more."""
+        while self._layers:
+            self._layers.pop().undo()
+        self.engine.remove()
+
+    # -- attaching ----------------------------------------------------------------------------------------------------
+
+    def _attention(self, declaration: ModelDeclaration) -> AttentionContext | None:
+        if self.mesh.config.sequence_degree == 1:
+            return AttentionContext(declaration.text_first) if self.placement.may_displace else None
+        # yunchang takes seconds to import, and only this needs it.
+        from xfuser.core.attention.sequence import SequenceAttention
+
+        return AttentionContext(declaration.text_first, SequenceAttention(self.mesh, self.clock))
+
+    def _attach_blocks(
+        self, declaration: ModelDeclaration, blocks: list[nn.Module], attention: AttentionContext | None
+    ) -> None:
+        config, mesh = self.mesh.config, self.mesh
+        if attention is None:
+            return
+        shards = SequenceShards(
+            config, declaration, self.placement, attention, mesh.sequence, mesh.sequence_rank, self.clock
+        )
+        self._layers += shards.attach(blocks)
+
+    def _attach_root(self, transformer: nn.Module, declaration: ModelDeclaration) -> None:
+        refused = (*declaration.between_blocks, *declaration.skips_blocks)
+        if self.mesh.config.image_degree > 1 and refused:
+            self._layers.append(Replacement(transformer, "forward", _refusing(refused)))
+        if not self.placement.stage.is_alone:
+            self._layers.append(Replacement(transformer, "forward", self._tell_output))
+        if self.mesh.config.use_cfg_parallel:
+            kind = BatchedBranches if declaration.guidance == "batch" else BranchCalls
+            branches = kind(self.mesh.group("cfg"), self.mesh.rank("cfg"), self.clock)
+            self._layers.append(Replacement(transformer, "forward", branches.wrap))
+            self._layers += scheduler_calls(self.pipeline.scheduler, branches.step_ends, branches.step_ends)
+
+    def _tell_output(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """The last stage's output is everybody's."""
+        stage = self.placement.stage
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            output = original(*args, **kwargs)
+            return with_sample(output, stage.broadcast(sample_of(output), len(stage.stages) - 1))
+
+        return forward
+
+
+def parallelize(
+    pipeline: Any,
+    mesh: ParallelMesh | ParallelConfig,
+    use_cache: str | None = None,
+    timed: bool | None = None,
+    **settings: Any,
+) -> ParallelPipeline:
+    """Spread a diffusers pipeline over the ranks of a mesh, with a cache if one is named.
+
+    Every rank calls it, and then the pipeline, with the same arguments and the same random numbers; each returns the
+    same images. Data-parallel groups generate what each of them is asked for.
+
+    Args:
+        pipeline: A diffusers pipeline with a supported transformer, on this process's device.
+        mesh: This process's place among all.
+        use_cache: The base method, as for `apply_cache_on_pipeline`.
+        timed: Whether the clock waits for the device, so that it is true on an accelerator.
+        **settings: The other fields of `CacheConfig`.
+
+    Raises:
+        TypeError: Unknown setting, or a pipeline that is not supported.
+        ValueError: Degrees that do not fit the model, or settings that do not go together. Nothing has been changed.
+    """
+    config = CacheConfig.from_keywords(use_cache=use_cache, **settings)
+    if getattr(pipeline, "transformer", None) is None:
+        raise TypeError(f"{type(pipeline).__name__} has no transformer; parallel inference needs a pipeline with one")
+    if isinstance(mesh, ParallelConfig):
+        mesh = ParallelMesh(mesh, pipeline.device)
+    return ParallelPipeline(pipeline, mesh, config, timed)
+
+
+def _placement(mesh: ParallelMesh, blocks: int, config: CacheConfig, clock: Clock) -> Placement:
+    limit = mesh.config.pipefusion_max_lag
+    if limit is None:
+        limit = 1 if config.use_cache is None else 0
+    return Placement(
+        Stage.of(mesh, blocks, clock),
+        mesh.config.cfg_degree,
+        mesh.rank("cfg"),
+        patches=mesh.config.patches,
+        warmup_steps=mesh.config.warmup_steps,
+        max_lag=limit,
+    )
+
+
+def _check_combination(config: CacheConfig, parallel: ParallelConfig) -> None:
+    """Refuse what would need numbers that the step's exchange does not carry (ValueError)."""
+    if parallel.image_degree == 1:
+        return
+    tokens = config.motion_threshold or config.granularity == "token"
+    if tokens:
+        name = "motion_threshold" if config.motion_threshold else "granularity='token'"
+        raise ValueError(
+            f"{name} chooses other tokens on every rank; leave it out where ranks share an image "
+            "(--data_parallel_degree goes with it)"
+        )
+    if config.calibration == FIRST:
+        raise ValueError("calibration='first' learns from one process; make a file with `xdit calibrate`")
+    if parallel.pipefusion_parallel_degree > 1:
+        if config.sync == "layer":
+            raise ValueError("sync='layer' has every stage wait for every block; leave it out with PipeFusion")
+        if config.mode == "blend":
+            raise ValueError("adacorr_mode='blend' exchanges sums at every block; leave it out with PipeFusion")
+
+
+def _refusing(names: tuple[str, ...]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        arguments = BoundArguments(original)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            for name in names:
+                if arguments.read(name, args, kwargs) is not None:
+                    raise ValueError(
+                        f"{name} does not go with several ranks an image; leave it out, or use one process"
+                    )
+            return original(*args, **kwargs)
+
+        return forward
+
+    return wrap
