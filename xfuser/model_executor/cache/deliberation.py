@@ -196,7 +196,7 @@ class Deliberation:
         reference = branch.sampler.last_inputs(self.run)
         if reference is not None:
             drift = drift_sums(sample_tokens(inputs)[None], reference)
-        unusable = branch.memory.count_unusable(signal.device, branch.keys.tensors())
+        unusable = branch.memory.count_unusable(signal.device, branch.others())
         return [signal, drift, unusable[None], self._rows(branch, signal.device)]
 
     def _rows(self, branch: Branch, device: torch.device) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -11,8 +12,8 @@ from xfuser.model_executor.cache.memory import Reference
 
 # Above this many channels a full map costs more memory than it is worth: one slope a channel is fitted instead.
 FULL_CHANNELS = 1024
-FITTED_TOKENS = 1024  # per evaluation, block and stream
-MEMORY = 0.7  # share of the older evaluations
+FITTED_TOKENS = 2048  # per pair of evaluations, block and stream
+MEMORY = 0.7  # share of the older pairs
 RIDGE = 0.3  # of the mean square of the input's change; draws the map towards plain reuse
 
 
@@ -40,14 +41,16 @@ class LinearMap:
             self.square, self.cross = MEMORY * self.square + square, MEMORY * self.cross + cross
         self.matrix = None
 
-    def apply(self, change: torch.Tensor) -> torch.Tensor | None:
-        """The residual's expected change for the input's change [..., D]; ``None`` while nothing is fitted."""
+    def add_to(self, outputs: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+        """The outputs [..., D], which are overwritten, plus the residual's expected change for the input's change."""
         if self.matrix is None:
             if self.square is None or self.cross is None:
-                return None
-            self.matrix = solve_ridge(self.square, self.cross).to(change.dtype)
-        matrix = self.matrix.to(change.device, change.dtype)
-        return change @ matrix if matrix.dim() == 2 else change * matrix
+                return outputs
+            self.matrix = solve_ridge(self.square, self.cross)
+        matrix = self.matrix = self.matrix.to(change.device, change.dtype)
+        if matrix.dim() == 1:
+            return outputs.addcmul_(change, matrix)
+        return outputs.flatten(0, -2).addmm_(change.flatten(0, -2), matrix).view(outputs.shape)
 
 
 def solve_ridge(square: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
@@ -62,35 +65,50 @@ def solve_ridge(square: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class LinearMaps:
-    """The maps of all blocks and streams; calibrated ones are used as they are."""
+    """The maps of all blocks and streams; calibrated ones are used as they are.
+
+    ``pairs`` holds, for every block that was evaluated twice since its map was last applied, what went in and came out
+    at the two newest evaluations, by stream. They enter the sums when the map is next applied: most evaluations are
+    followed by another one, whose pair says more of what comes next.
+    """
 
     calibrated: bool = False
     maps: dict[tuple[int, int], LinearMap] = field(default_factory=dict)
+    pairs: dict[int, list[tuple[torch.Tensor, ...]]] = field(default_factory=dict)
 
     def learn(self, block: int, older: Reference, newer: Reference) -> None:
-        """From two evaluations of one block, in one generation."""
-        if self.calibrated:
-            return
-        streams = zip(older.inputs, newer.inputs, older.outputs, newer.outputs, strict=True)
-        for stream, (old_in, new_in, old_out, new_out) in enumerate(streams):
-            pick = slice(None, None, max(1, old_in.shape[0] * old_in.shape[1] // FITTED_TOKENS))
-            before, after, left, right = (
-                each.flatten(0, 1)[pick].float() for each in (old_in, new_in, old_out, new_out)
-            )
-            change = after - before
-            self.maps.setdefault((block, stream), LinearMap()).learn(change, right - left - change)
+        """Take note of two evaluations of one block, in one generation."""
+        if not self.calibrated:
+            self.pairs[block] = list(zip(older.inputs, newer.inputs, older.outputs, newer.outputs, strict=True))
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """What is still to be learned from."""
+        for pair in self.pairs.values():
+            for tensors in pair:
+                yield from tensors
 
     def stand_in(self, block: int, inputs: Streams, reference: Reference) -> Streams:
         """What the block would give: its last residual, plus the map of what its input has changed since."""
+        self._fit(block)
         residual = reference.residual_to(reference, 1)
         return tuple(
             self._of_stream(block, stream, now, before, kept)
             for stream, (now, before, kept) in enumerate(zip(inputs, reference.inputs, residual, strict=True))
         )
 
+    def _fit(self, block: int) -> None:
+        for stream, tensors in enumerate(self.pairs.pop(block, ())):
+            tokens = tensors[0].shape[0] * tensors[0].shape[1]
+            pick = slice(None, None, max(1, tokens // FITTED_TOKENS))
+            before, after, left, right = (each.flatten(0, 1)[pick].float() for each in tensors)
+            change = after - before
+            self.maps.setdefault((block, stream), LinearMap()).learn(change, right - left - change)
+
     def _of_stream(
         self, block: int, stream: int, now: torch.Tensor, before: torch.Tensor, kept: torch.Tensor
     ) -> torch.Tensor:
         fitted = self.maps.get((block, stream))
-        moved = fitted.apply(now - before) if fitted else None
-        return now + kept if moved is None else now + kept + moved
+        # In this order the sum has the residual's layout. DiT's first input is a transposed view, which every product
+        # and norm from there on would be slower with.
+        outputs = kept + now
+        return outputs if fitted is None else fitted.add_to(outputs, now - before)
