@@ -109,6 +109,29 @@ def test_under_every_correction(dit: Toy, level: str, method: str, settings: dic
         assert not all(all(row) for row in plan[PLANT_AFTER + 2 :])
 
 
+class PairSaboteur(Saboteur):
+    """Spoils the older of the evaluations that a linear map is still to be fitted from."""
+
+    def plant(self) -> None:
+        assert self.engine is not None
+        (branch,) = self.engine._branches.values()
+        assert branch.maps is not None
+        older, *_ = branch.maps.pairs[max(branch.maps.pairs)][0]
+        older[0, -1, 1] = self.value
+
+
+def test_before_a_map_is_fitted_from_it(dit: Toy) -> None:
+    saboteur = PairSaboteur(math.nan, last_outputs)
+    saboteur.steps = 1  # the last step of Fast's warm-up
+    with wrapped(dit.scheduler, "step", saboteur.wrap):
+        with attached(dit.pipeline, "pipeline", "Fast", rel_l1_thresh=ALWAYS, significance=0) as engine:
+            saboteur.engine = engine
+            images, summary = dit.images(STEPS), engine.summary()
+    assert np.isfinite(images).all()
+    assert summary["non_finite"] == 1
+    assert computed(summary) == [0, 1, 2, 3]
+
+
 def test_nothing_is_counted_where_nothing_happened(dit: Toy) -> None:
     with attached(dit.pipeline, "pipeline", "Tea", rel_l1_thresh=ALWAYS) as engine:
         dit.images(STEPS)

@@ -15,7 +15,7 @@ from toys import ALL_FAMILIES, Toy, attached, build_toy_dit, choosing, drive, wr
 
 from xfuser.model_executor.adapters import declaration_of
 from xfuser.model_executor.cache import CacheEngine, apply_cache_on_transformer
-from xfuser.model_executor.cache.linear import MEMORY, RIDGE
+from xfuser.model_executor.cache.linear import RIDGE
 from xfuser.model_executor.cache.partial import TokenRunner
 from xfuser.model_executor.cache.tokens import TokenChoice
 
@@ -127,12 +127,10 @@ def watching(toy: Toy) -> Iterator[list[list[tuple[Streams, Streams]]]]:
         yield seen
 
 
-def ridge_map(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """The map of the input's change to the residual's, the older pair counting less."""
-    square = cross = 0.0
-    for change, moved in pairs:
-        change, moved = change.flatten(0, 1).double(), moved.flatten(0, 1).double()
-        square, cross = MEMORY * square + change.T @ change, MEMORY * cross + change.T @ moved
+def ridge_map(inputs: list[torch.Tensor], residuals: list[torch.Tensor]) -> torch.Tensor:
+    """The map of the input's change to the residual's, from the last two steps of the warm-up."""
+    change, moved = (each[2].flatten(0, 1).double() - each[1].flatten(0, 1).double() for each in (inputs, residuals))
+    square, cross = change.T @ change, change.T @ moved
     ridge = RIDGE * square.diagonal().mean()
     if ridge == 0:  # the text in front of the first block stays as it is
         return torch.zeros_like(cross)
@@ -154,8 +152,7 @@ def test_where_no_token_moves_the_fitted_maps_stand_in(toy: Toy, batch: int) -> 
             if outputs[0] is None:  # the text, behind SD3's last block
                 continue
             residuals = [after - before for before, after in zip(inputs, outputs, strict=True)]
-            pairs = [(inputs[now] - inputs[now - 1], residuals[now] - residuals[now - 1]) for now in (1, 2)]
-            fitted = ridge_map(pairs).float()
+            fitted = ridge_map(inputs, residuals).float()
             for step in (3, 4, 5):
                 expected = inputs[step] + residuals[2] + (inputs[step] - inputs[2]) @ fitted
                 torch.testing.assert_close(outputs[step], expected, rtol=1e-4, atol=1e-4)
@@ -176,8 +173,7 @@ def test_tokens_that_stand_still_take_the_fitted_map(toy: Toy) -> None:
     for steps in seen:
         inputs = [before["hidden_states"] for before, _ in steps]
         residuals = [after["hidden_states"] - before for before, (_, after) in zip(inputs, steps, strict=True)]
-        pairs = [(inputs[now] - inputs[now - 1], residuals[now] - residuals[now - 1]) for now in (1, 2)]
-        fitted = ridge_map(pairs).float()
+        fitted = ridge_map(inputs, residuals).float()
         for step in (3, 4, 5):
             expected = residuals[step - 1] + (inputs[step] - inputs[step - 1]) @ fitted
             torch.testing.assert_close(residuals[step][:, 1::2], expected[:, 1::2], rtol=1e-4, atol=1e-4)
@@ -354,13 +350,14 @@ def test_broken_keys_are_dropped(toy: Toy) -> None:
 
 
 def test_the_memory_that_keys_take_is_counted(dit: Toy) -> None:
-    with attached(dit.pipeline, "transformer", "Fast", rel_l1_thresh=0, motion_threshold=0.3) as engine:
+    settings = {"rel_l1_thresh": 0, "approximation": "residual"}
+    with attached(dit.pipeline, "transformer", "Fast", motion_threshold=0.3, **settings) as engine:
         drive(dit.transformer, 5)
         held = sum(tensor.numel() * tensor.element_size() for tensor in remembered(engine))
         with_keys = engine.summary()["memory_bytes"]
     # Keys and values of 16 tokens and 16 channels, twice for the batch, four blocks, four bytes a number.
     assert held == 2 * 2 * 16 * 16 * 4 * 4
-    with attached(dit.pipeline, "transformer", "Fast", rel_l1_thresh=0) as engine:
+    with attached(dit.pipeline, "transformer", "Fast", **settings) as engine:
         drive(dit.transformer, 5)
         assert remembered(engine) == []
         assert with_keys - engine.summary()["memory_bytes"] >= held

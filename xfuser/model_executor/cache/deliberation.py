@@ -82,7 +82,7 @@ class Deliberation:
         if self.config.stand_in != "linear":
             return None
         if self.calibration is None:
-            return LinearMaps()
+            return LinearMaps(ranks=self.placement.peers, reduce=self.placement.reduce)
         known = {key: LinearMap(matrix=matrix) for key, matrix in self.calibration.maps.items()}
         return LinearMaps(calibrated=True, maps=known)
 
@@ -209,7 +209,7 @@ class Deliberation:
         # Every stage has the inputs; one of them counts them.
         if reference is not None and self.placement.stage.is_last:
             drift = drift_sums(branch.sampler.sample(inputs), reference)
-        unusable = branch.memory.count_unusable(signal.device, branch.keys.tensors())
+        unusable = branch.memory.count_unusable(signal.device, branch.others())
         return [signal, drift, unusable[None], self._rows(branch, signal.device)]
 
     def _rows(self, branch: Branch, device: torch.device) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -12,8 +12,8 @@ from xfuser.model_executor.cache.memory import Reference
 
 # Above this many channels a full map costs more memory than it is worth: one slope a channel is fitted instead.
 FULL_CHANNELS = 1024
-FITTED_TOKENS = 1024  # per evaluation, block and stream
-MEMORY = 0.7  # share of the older evaluations
+FITTED_TOKENS = 2048  # per pair of evaluations, block and stream
+MEMORY = 0.7  # share of the older pairs
 RIDGE = 0.3  # of the mean square of the input's change; draws the map towards plain reuse
 
 
@@ -30,25 +30,35 @@ class LinearMap:
     cross: torch.Tensor | None = None
     matrix: torch.Tensor | None = None
 
-    def learn(self, inputs: torch.Tensor, residuals: torch.Tensor) -> None:
-        """Take in changes [n, D] of inputs and residuals between two evaluations (closed form, ridge)."""
+    def learn(
+        self, inputs: torch.Tensor, residuals: torch.Tensor, reduce: Callable[[torch.Tensor], None] | None = None
+    ) -> None:
+        """Take in changes [n, D] of inputs and residuals between two evaluations (closed form, ridge); ``reduce`` adds
+        up the sums over the ranks that share them.
+        """
         full = inputs.shape[1] <= FULL_CHANNELS
         square = inputs.T @ inputs if full else inputs.square().sum(0)
         cross = inputs.T @ residuals if full else (inputs * residuals).sum(0)
+        if reduce is not None:
+            both = torch.stack((square, cross))
+            reduce(both)
+            square, cross = both
         if self.square is None or self.cross is None:
             self.square, self.cross = square, cross
         else:
             self.square, self.cross = MEMORY * self.square + square, MEMORY * self.cross + cross
         self.matrix = None
 
-    def apply(self, change: torch.Tensor) -> torch.Tensor | None:
-        """The residual's expected change for the input's change [..., D]; ``None`` while nothing is fitted."""
+    def add_to(self, outputs: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+        """The outputs [..., D], which are overwritten, plus the residual's expected change for the input's change."""
         if self.matrix is None:
             if self.square is None or self.cross is None:
-                return None
-            self.matrix = solve_ridge(self.square, self.cross).to(change.dtype)
-        matrix = self.matrix.to(change.device, change.dtype)
-        return change @ matrix if matrix.dim() == 2 else change * matrix
+                return outputs
+            self.matrix = solve_ridge(self.square, self.cross)
+        matrix = self.matrix = self.matrix.to(change.device, change.dtype)
+        if matrix.dim() == 1:
+            return outputs.addcmul_(change, matrix)
+        return outputs.flatten(0, -2).addmm_(change.flatten(0, -2), matrix).view(outputs.shape)
 
 
 def solve_ridge(square: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
@@ -63,23 +73,32 @@ def solve_ridge(square: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class LinearMaps:
-    """The maps of all blocks and streams; calibrated ones are used as they are."""
+    """The maps of all blocks and streams; calibrated ones are used as they are.
+
+    ``pairs`` holds, for every block that was evaluated twice since its map was last applied, what went in and came out
+    at the two newest evaluations, by stream. They enter the sums when the map is next applied: most evaluations are
+    followed by another one, whose pair says more of what comes next.
+
+    Where several ``ranks`` share the tokens of a block, ``reduce`` adds up their sums in place, so that all have the
+    map that one process would fit.
+    """
 
     calibrated: bool = False
+    ranks: int = 1
+    reduce: Callable[[torch.Tensor], None] | None = None
     maps: dict[tuple[int, int], LinearMap] = field(default_factory=dict)
+    pairs: dict[int, list[tuple[torch.Tensor, ...]]] = field(default_factory=dict)
 
     def learn(self, block: int, older: Reference, newer: Reference) -> None:
-        """From two evaluations of one block, in one generation."""
-        if self.calibrated:
-            return
-        streams = zip(older.inputs, newer.inputs, older.outputs, newer.outputs, strict=True)
-        for stream, (old_in, new_in, old_out, new_out) in enumerate(streams):
-            pick = slice(None, None, max(1, old_in.shape[0] * old_in.shape[1] // FITTED_TOKENS))
-            before, after, left, right = (
-                each.flatten(0, 1)[pick].float() for each in (old_in, new_in, old_out, new_out)
-            )
-            change = after - before
-            self.maps.setdefault((block, stream), LinearMap()).learn(change, right - left - change)
+        """Take note of two evaluations of one block, in one generation."""
+        if not self.calibrated:
+            self.pairs[block] = list(zip(older.inputs, newer.inputs, older.outputs, newer.outputs, strict=True))
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """What is still to be learned from."""
+        for pair in self.pairs.values():
+            for tensors in pair:
+                yield from tensors
 
     def stand_in(
         self,
@@ -92,6 +111,7 @@ class LinearMaps:
 
         ``take`` picks from remembered streams the part that ``inputs`` are of.
         """
+        self._fit(block)
         residual, known = reference.residual_to(reference, 1), reference.inputs
         if take is not None:
             residual, known = take(residual), take(known)
@@ -100,9 +120,19 @@ class LinearMaps:
             for stream, (now, before, kept) in enumerate(zip(inputs, known, residual, strict=True))
         )
 
+    def _fit(self, block: int) -> None:
+        for stream, tensors in enumerate(self.pairs.pop(block, ())):
+            tokens = tensors[0].shape[0] * tensors[0].shape[1] * self.ranks
+            pick = slice(None, None, max(1, tokens // FITTED_TOKENS))
+            before, after, left, right = (each.flatten(0, 1)[pick].float() for each in tensors)
+            change = after - before
+            self.maps.setdefault((block, stream), LinearMap()).learn(change, right - left - change, self.reduce)
+
     def _of_stream(
         self, block: int, stream: int, now: torch.Tensor, before: torch.Tensor, kept: torch.Tensor
     ) -> torch.Tensor:
         fitted = self.maps.get((block, stream))
-        moved = fitted.apply(now - before) if fitted else None
-        return now + kept if moved is None else now + kept + moved
+        # In this order the sum has the residual's layout. DiT's first input is a transposed view, which every product
+        # and norm from there on would be slower with.
+        outputs = kept + now
+        return outputs if fitted is None else fitted.add_to(outputs, now - before)

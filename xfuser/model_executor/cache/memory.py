@@ -119,17 +119,18 @@ class BranchMemory:
         Everything remembered is read again at every step: a stand-in must never bring what a step ago was already
         broken, nor what has been broken since.
         """
-        sums = [tensor.sum(dtype=torch.float32).to(device) for tensor in (*self._tensors(), *others)]
+        sums = [tensor.sum(dtype=torch.float32).to(device) for tensor in self._tensors(others)]
         if not sums:
             return torch.zeros((), device=device)
         return (~torch.isfinite(torch.stack(sums))).sum().float()
 
-    def bytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors())
+    def bytes(self, others: Iterable[torch.Tensor] = ()) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors(others))
 
-    def _tensors(self) -> list[torch.Tensor]:
-        """Each remembered tensor once: neighbours share theirs."""
-        return list({id(t): t for history in self.references for each in history for t in each.tensors()}.values())
+    def _tensors(self, others: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+        """Each remembered tensor once, ``others`` among them: neighbours share theirs."""
+        own = (tensor for history in self.references for each in history for tensor in each.tensors())
+        return list({id(tensor): tensor for tensor in (*own, *others)}.values())
 
 
 def _detached(streams: Streams) -> Streams:

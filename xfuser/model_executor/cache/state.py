@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from xfuser.core.attention import KeyValueMemory
 from xfuser.model_executor.adapters import Streams
@@ -46,9 +48,15 @@ class Branch:
         self.sampler.discard()
         self.spatial.clear()
 
+    def others(self) -> Iterator[torch.Tensor]:
+        """Activations that are kept elsewhere than in ``memory``."""
+        yield from self.keys.tensors()
+        if self.maps is not None:
+            yield from self.maps.tensors()
+
     def bytes(self) -> int:
         """Memory of the activations kept."""
-        return self.memory.bytes() + sum(tensor.numel() * tensor.element_size() for tensor in self.keys.tensors())
+        return self.memory.bytes(self.others())
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -45,7 +46,7 @@ class ParallelPipeline:
         _check_combination(config, mesh.config)
         calibration = load_calibration(transformer, config, pipeline.scheduler)
         self.clock = Clock(waiter(mesh.device) if timed else None)
-        self.placement = _placement(mesh, len(blocks), config, self.clock)
+        self.placement = _placement(mesh, declaration, len(blocks), config, self.clock)
         self.exchange = SumExchange(
             mesh.control if mesh.shares_image else None, mesh.config.verify_agreement, self.clock
         )
@@ -169,10 +170,21 @@ def parallelize(
     return ParallelPipeline(pipeline, mesh, config, timed)
 
 
-def _placement(mesh: ParallelMesh, blocks: int, config: CacheConfig, clock: Clock) -> Placement:
+def _placement(
+    mesh: ParallelMesh, declaration: ModelDeclaration, blocks: int, config: CacheConfig, clock: Clock
+) -> Placement:
     limit = mesh.config.pipefusion_max_lag
     if limit is None:
         limit = 1 if config.use_cache is None else 0
+    # Branches that come in calls of their own are remembered apart, in one process as well.
+    group = mesh.peers if declaration.guidance == "batch" else mesh.sequence
+    peers = 1 if group is None else dist.get_world_size(group)
+    reduce: Callable[[torch.Tensor], None] | None = None
+    if peers > 1:
+
+        def reduce(tensor: torch.Tensor) -> None:
+            dist.all_reduce(tensor, group=group)
+
     return Placement(
         Stage.of(mesh, blocks, clock),
         mesh.config.cfg_degree,
@@ -180,6 +192,8 @@ def _placement(mesh: ParallelMesh, blocks: int, config: CacheConfig, clock: Cloc
         patches=mesh.config.patches,
         warmup_steps=mesh.config.warmup_steps,
         max_lag=limit,
+        peers=peers,
+        reduce=reduce,
     )
 
 

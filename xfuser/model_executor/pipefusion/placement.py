@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,8 @@ class Placement:
         patches: Patches that displaced steps of PipeFusion split the tokens into.
         warmup_steps: Leading steps that are synchronous.
         max_lag: How many steps old the keys and values may be that a displaced step reads.
+        peers: Ranks that hold the same blocks for other tokens or images of a branch's batch.
+        reduce: Adds a tensor up over them, in place; ``None`` where there are no others.
     """
 
     stage: Stage
@@ -31,6 +34,8 @@ class Placement:
     patches: int = 1
     warmup_steps: int = 1
     max_lag: int = 1
+    peers: int = 1
+    reduce: Callable[[torch.Tensor], None] | None = None
 
     def extent(self, stream: torch.Tensor) -> Extent:
         """Where this rank's part of the image stream lies in the whole of it."""
