@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+
+from xfuser.names import looked_up
 
 try:
     __version__ = version("xfuser")
@@ -14,19 +14,31 @@ except PackageNotFoundError:
 _PUBLIC = {
     "CacheConfig": "xfuser.config",
     "CacheEngine": "xfuser.model_executor.cache",
+    "EngineConfig": "xfuser.config",
     "ParallelConfig": "xfuser.config",
     "ParallelMesh": "xfuser.core.distributed.mesh",
     "apply_cache_on_pipeline": "xfuser.model_executor.cache",
     "apply_cache_on_transformer": "xfuser.model_executor.cache",
     "load_pipeline": "xfuser.model_executor.pipelines",
     "parallelize": "xfuser.model_executor.parallel",
+    "xFuserArgs": "xfuser.config",
 }
+
+_MODELS = "this engine runs FLUX, PixArt, Stable Diffusion 3 and DiT; use xDiT itself for other models"
+_NOT_CARRIED_OVER = dict.fromkeys(
+    (
+        "xFuserCogVideoXPipeline",
+        "xFuserConsisIDPipeline",
+        "xFuserHunyuanDiTPipeline",
+        "xFuserLattePipeline",
+        "xFuserSanaPipeline",
+        "xFuserSanaSprintPipeline",
+        "xFuserStableDiffusionXLPipeline",
+    ),
+    _MODELS,
+)
 
 __all__ = [*_PUBLIC, "__version__"]
 
-
-def __getattr__(name: str) -> Any:
-    # Looked up on first use: importing diffusers takes seconds, which `xdit --help` should not wait for.
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'xfuser' has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(importlib.import_module(_PUBLIC[name]), name)
+# Looked up on first use: importing diffusers takes seconds, which `xdit --help` should not wait for.
+__getattr__ = looked_up(__name__, _PUBLIC, _NOT_CARRIED_OVER)

@@ -142,7 +142,7 @@ def add_parallel_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--ulysses_degree", type=positive, default=1, help="ranks that share the heads (default: 1)")
     group.add_argument("--num_pipeline_patch", type=positive, help="PipeFusion: patches (default: one a stage)")
     group.add_argument(
-        "--warmup_steps", type=positive, default=1, help="PipeFusion: leading synchronous steps (default: %(default)s)"
+        "--warmup_steps", type=int, default=1, help="PipeFusion: leading synchronous steps, at least 1 (default: 1)"
     )
     group.add_argument(
         "--attn_layer_num_for_pp", type=positive, nargs="+", help="PipeFusion: blocks of each stage (default: even)"

@@ -72,6 +72,21 @@ class ParallelConfig:
         return self.ring_degree * self.ulysses_degree
 
     @property
+    def dp_degree(self) -> int:
+        """xDiT's name of the data-parallel degree."""
+        return self.data_parallel_degree
+
+    @property
+    def sp_degree(self) -> int:
+        """xDiT's name of the sequence degree."""
+        return self.sequence_degree
+
+    @property
+    def pp_degree(self) -> int:
+        """xDiT's name of the number of PipeFusion's stages."""
+        return self.pipefusion_parallel_degree
+
+    @property
     def patches(self) -> int:
         return self.num_pipeline_patch or self.pipefusion_parallel_degree
 

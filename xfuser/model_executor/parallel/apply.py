@@ -89,6 +89,12 @@ class ParallelPipeline:
         parameters = self.pipeline.transformer.parameters()
         return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 
+    def reset(self) -> None:
+        """Forget every remembered activation, and all that was counted and timed."""
+        self.engine.reset()
+        self.exchange.collectives = self.exchange.bytes_sent = 0
+        self.clock.reset()
+
     def remove(self) -> None:
         """Take everything off again. What other stages hold of the weights is not here any more."""
         while self._layers:
