@@ -265,7 +265,7 @@ def step_cost(
     }
     if layout.sequence > 1:
         blocks = evaluated * work.depth / layout.pipefusion
-        each = _attention_exchange(work, layout, machine, images, calls)
+        each = _attention_exchange(work, layout, machine, images, calls * parts_of(layout))
         gathered = numbers * machine.element_bytes * (layout.sequence - 1)
         parts["attention exchange"] = blocks * bubble(layout) * each
         parts["attention exchange"] += machine.link(layout.sequence).seconds(gathered, calls)
@@ -310,7 +310,7 @@ def _blocks(work: Workload, layout: Layout, machine: Machine, images: int, calls
 
 
 def _attention_exchange(work: Workload, layout: Layout, machine: Machine, images: int, calls: int) -> float:
-    """Of one block."""
+    """Of one block that is called so many times, which share its tokens and images."""
     u, r = layout.ulysses, layout.ring
     sent = work.tokens * work.width * images / layout.sequence * machine.element_bytes
     seconds = 0.0

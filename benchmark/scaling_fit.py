@@ -183,7 +183,10 @@ def layouts(work: Workload, ranks: int, cached: bool) -> Iterator[Layout]:
 
 @dataclass(frozen=True)
 class Extrapolation:
-    """Computed seconds of one model on so many devices, each variant in the layout that is best for it."""
+    """Computed seconds of one model on so many devices, each variant in the layout that is best for it.
+
+    ``undecided`` is what a cached step would take if deciding and its exchange cost nothing.
+    """
 
     ranks: int
     uncached_layout: Layout
@@ -195,6 +198,7 @@ class Extrapolation:
     statistics: float
     evaluated_share: float
     skipped_share: float
+    undecided: float
 
     @property
     def speedup(self) -> float:
@@ -217,6 +221,7 @@ def extrapolate(work: Workload, ranks: int, machine: Machine, share: float, exch
         evaluated.parts["statistics"],
         evaluated.statistics_share,
         skipped.statistics_share,
+        share * step_cost(work, best, machine).seconds + (1 - share) * step_cost(work, best, machine, 0.0).seconds,
     )
 
 
@@ -238,4 +243,9 @@ def answer(name: str, rows: list[Extrapolation], share: float) -> str:
             above = next((row.ranks for row in rows if of(row) > limit), None)
             where = f"from {above} devices" if above else f"not up to {last.ranks}"
             crossings.append(f"{limit:.0%} of the {kind} step {where}")
-    return text + f"The statistics exchange exceeds {', '.join(crossings)}."
+    return text + (
+        f"The statistics exchange exceeds {', '.join(crossings)}. At {last.ranks} the speed-up would be "
+        f"{last.uncached / last.undecided:.2f}× if deciding cost nothing; what is missing from there to "
+        f"{first.speedup:.2f}× is the layout ({last.layout.name} with the cache, whose pipe takes one image at a time, "
+        f"against {last.uncached_layout.name}) and what a skipped step still computes and gathers."
+    )

@@ -140,6 +140,14 @@ def test_pipefusion() -> None:
     assert alone == {"compute": 200.0, "outside": 10.0, "pipeline": 48.0}
 
 
+def test_pipefusion_exchanges_once_a_part() -> None:
+    # A block a stage: 2 parts, each 4 messages late by 1, and 40 bytes; through the pipe in 3/2 of that; the gather 21.
+    late = Link(1.0, 1.0)
+    machine = Machine(1.0, late, late, late, late, element_bytes=1, overlaps=False)
+    parts = step_cost(WORK, Layout(ulysses=2, pipefusion=2), machine).parts
+    assert parts["attention exchange"] == 1.5 * (8 + 40) + 21
+
+
 def test_guidance() -> None:
     both = Workload("hand", WORK.blocks, 4, 2, 10, 10.0, 8, branches=2)
     assert step_cost(both, Layout(), MACHINE).seconds == 420.0
