@@ -48,6 +48,8 @@ class SequenceAttention:
     yunchang's LongContextAttention exchanges tokens for heads within the ulysses group and passes keys and values
     round the ring. It wants equal shards: shorter ones are padded, and a further head channel takes the padding's
     scores to where the softmax is zero, which needs no mask and so works with every kernel.
+
+    With flash-attn yunchang calls the kernel itself, so that the clock books it as attention exchange too.
     """
 
     def __init__(self, mesh: ParallelMesh, clock: Clock) -> None:
@@ -55,8 +57,12 @@ class SequenceAttention:
         flash = HAS_FLASH_ATTN and mesh.device.type != "cpu"
         # A kind that yunchang does not know makes it call the processor instead of a kernel of its own.
         kind: Any = AttnType.FA if flash else "torch"
-        self._attention = LongContextAttention(attn_type=kind, attn_processor=None if flash else torch_kernel)
+        self._attention = LongContextAttention(attn_type=kind, attn_processor=None if flash else self._kernel)
         self._clock = clock
+
+    def _kernel(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        with self._clock("compute"):
+            return torch_kernel(*args, **kwargs)
 
     def __call__(
         self,

@@ -113,10 +113,11 @@ class Execution:
 
     def _evaluate(self, active: Active, call: BlockCall) -> Any:
         before = active.counted()
-        if self.tokens is None:
-            output = call.original(*call.args, **call.kwargs)
-        else:
-            output = self.tokens.evaluate_all(active, call.original, call.args, call.kwargs)
+        with self.placement.stage.clock("compute"):
+            if self.tokens is None:
+                output = call.original(*call.args, **call.kwargs)
+            else:
+                output = self.tokens.evaluate_all(active, call.original, call.args, call.kwargs)
         active.block_flops[call.index] += active.counted() - before
         return output
 
