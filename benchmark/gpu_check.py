@@ -141,16 +141,21 @@ def reason(log: str, code: int) -> str:
 
 def judged(check: Check, row: dict[str, Any], device: torch.device) -> Row:
     exact = EXACT.get(device.type, EXACT_HALF)
-    loose = check.displaced or not row["same_plan"]
+    # Without a cache there is one plan only; ranks of a guidance branch have their own branch's part of it.
+    other = row["cache"] != "none" and not row["same_plan"]
+    loose = check.displaced or other
     allowed = LOOSE if loose else exact
     if not row["digests_equal"]:
         why = "the ranks have different plans"
     elif not row["finite"]:
         why = "the latents are not finite"
+    elif check.compile and not row["graphs"]:
+        why = "torch compiled nothing"
     elif not row["relative"] <= allowed:
         why = f"relative error {row['relative']:.2g}, at most {allowed:g} allowed"
     else:
-        note = "" if row["same_plan"] else "another plan than one process's"
+        apart = "; in one process each guidance branch decides for itself" if check.guided else ""
+        note = f"another plan than one process's{apart}" if other else ""
         return Row(check.name, row["cache"], True, note, row, check.guided)
     return Row(check.name, row["cache"], False, why, row, check.guided)
 
