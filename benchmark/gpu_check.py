@@ -41,6 +41,7 @@ from benchmark.gpu_check_worker import CACHES, TOY  # noqa: E402
 from benchmark.launch import launch  # noqa: E402
 from xfuser.config.arguments import positive  # noqa: E402
 from xfuser.core.distributed.environment import (  # noqa: E402
+    DEVICES,
     choose_device,
     describe_environment,
     device_count,
@@ -227,7 +228,7 @@ def table_of(rows: list[Row], args: argparse.Namespace, device: torch.device) ->
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    made.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
+    made.add_argument("--device", choices=DEVICES, default="auto", help="default: %(default)s")
     made.add_argument("--processes", type=positive, help="default: the machine's GPUs, or 2 on a CPU")
     made.add_argument("--size", choices=("full", "toy"), help="default: full on GPUs, toy on a CPU")
     made.add_argument("--steps", type=positive, default=12, help="denoising steps (default: %(default)s)")
