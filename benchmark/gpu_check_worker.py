@@ -211,8 +211,9 @@ def main() -> None:
     if dist.get_rank() == 0:
         # The slowest and the worst rank speak for all.
         for index, row in enumerate(rows):
-            for key in ("seconds", "largest", "relative"):
+            for key in ("seconds", "high", "largest", "relative"):
                 row[key] = max(each[index][key] for each in every)
+            row["low"] = min(each[index]["low"] for each in every)
             for key in ("digests_equal", "finite", "same_plan"):
                 row[key] = all(each[index][key] for each in every)
         write_json(args.output, {"rows": rows})
