@@ -55,6 +55,7 @@ from benchmark.scaling_report import (  # noqa: E402
 from benchmark.scaling_worker import MESHES  # noqa: E402
 from xfuser.config import CacheConfig  # noqa: E402
 from xfuser.config.arguments import positive  # noqa: E402
+from xfuser.core.distributed.environment import DEVICES  # noqa: E402
 from xfuser.core.files import replacing, write_json  # noqa: E402
 from xfuser.model_executor.cache.policies import POLICIES  # noqa: E402
 from xfuser.model_executor.pipelines import MODEL_TYPES  # noqa: E402
@@ -67,7 +68,7 @@ LIMIT = 3600  # seconds for one number of processes
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     made.add_argument("--processes", type=positive, nargs="+", choices=MESHES, default=list(MESHES))
-    made.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
+    made.add_argument("--device", choices=DEVICES, default="auto", help="default: %(default)s")
     made.add_argument("--model_type", choices=MODEL_TYPES, default="tiny-dit", help="default: %(default)s")
     made.add_argument("--model", help="folder or hub id of a diffusers pipeline (default: the type's own)")
     made.add_argument("--num_images", type=positive, default=4, help="images at once (default: %(default)s)")

@@ -99,7 +99,10 @@ def _line(one: tuple[int, float], other: tuple[int, float]) -> tuple[float, floa
 
 def contended(machine: Machine, factor: float, links: dict[str, float], world: int) -> Machine:
     """The machine with ``world`` processes busy on it: each of them so many times slower, and their links."""
-    link, control = Link(links["latency"], links["bandwidth"]), Link(links["exchange"] / (world - 1), UNLIMITED)
+    link, control = (
+        Link(links["busy_latency"], links["bandwidth"]),
+        Link(links["busy_exchange"] / (world - 1), UNLIMITED),
+    )
     return replace(
         machine,
         flops=machine.flops / factor,

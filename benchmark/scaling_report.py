@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -74,15 +75,19 @@ def shares_sentence(rows: Sequence[Comparison], documents: dict[int, dict[str, A
             continue
         links, slower = document["links"], next(row.slower for row in rows if row.world == world)
         lines.append(
-            f"Measured, {world} processes: bare exchange of sums {links['exchange'] * 1e6:.0f} µs, all-to-all "
-            f"{links['latency'] * 1e6:.0f} µs + bytes / {links['bandwidth'] / 1e9:.2f} GB/s; a process computes "
+            f"Measured, {world} processes: exchange of sums {links['exchange'] * 1e6:.0f} µs when all ranks are ready "
+            f"(bare) and {links['busy_exchange'] * 1e6:.0f} µs when they come from a millisecond of computing, "
+            f"all-to-all {links['latency'] * 1e6:.0f} and {links['busy_latency'] * 1e6:.0f} µs, + bytes / "
+            f"{links['bandwidth'] / 1e9:.2f} GB/s; a process computes "
             f"{slower:.2f} times as long as alone when all of them are busy (data {world})."
         )
     known = [row.predicted / row.measured.total for row in rows if row.predicted is not None and row.world > 1]
     if known:
         lines.append(
-            f"The model's prediction from one process and the bare links is {min(known):.2f} to {max(known):.2f} times "
-            "what was measured on several; it knows no waiting for a peer that another process keeps from a core."
+            f"The model's prediction from one process and the links of busy ranks is {min(known):.2f} to "
+            f"{max(known):.2f} times what was measured on several (median {statistics.median(known):.2f}). Where "
+            "processes share cores with others, a collective is mostly the wait for a peer without one; the "
+            "extrapolation supposes a device for every rank."
         )
     unfit = [f"{mesh}: {why}" for each in documents.values() for mesh, why in each["unfit"].items()]
     return "\n".join(lines + [f"Not measured, {each}" for each in unfit])

@@ -253,8 +253,25 @@ def median_seconds(call: Callable[[], Any], device: torch.device, times: int = 6
     return statistics.median(seconds[5:])
 
 
+def busy_seconds(call: Callable[[], Any], device: torch.device, times: int = 100) -> float:
+    """Mean seconds of a collective that every rank comes to from about a millisecond of computing, as blocks do.
+
+    Ranks that share cores with others do not come at the same time; a mean, because a step adds them up.
+    """
+    matrix = torch.zeros(400, 400, device=device)
+    seconds = 0.0
+    for _ in range(times):
+        matrix @ matrix
+        synchronize(device)
+        begin = time.perf_counter()
+        call()
+        synchronize(device)
+        seconds += time.perf_counter() - begin
+    return seconds / times
+
+
 def probe_links(device: torch.device, numbers: int) -> dict[str, float]:
-    """What an all-to-all and the exchange of sums take when every rank is ready."""
+    """What an all-to-all and the exchange of sums take when every rank is ready, and when they come from computing."""
     world = dist.get_world_size()
     seconds = {}
     for size in (SMALL, LARGE):
@@ -265,7 +282,11 @@ def probe_links(device: torch.device, numbers: int) -> dict[str, float]:
     bandwidth = share * (LARGE - SMALL) / max(seconds[LARGE] - seconds[SMALL], 1e-9)
     exchange = SumExchange(dist.new_group(list(range(world)), backend="gloo"))
     vector = torch.zeros(max(numbers, 1))
+    small = torch.zeros(SMALL // 4, device=device)
+    got = torch.empty_like(small)
     return {
+        "busy_latency": busy_seconds(lambda: dist.all_to_all_single(got, small), device),
+        "busy_exchange": busy_seconds(lambda: exchange.sum(vector), device),
         "latency": max(seconds[SMALL] - share * SMALL / bandwidth, 0.0),
         "bandwidth": bandwidth,
         "exchange": median_seconds(lambda: exchange.sum(vector), device),

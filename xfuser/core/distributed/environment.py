@@ -31,6 +31,11 @@ def choose_device(name: str = "auto") -> torch.device:
     return torch.device("cuda", local_rank()) if launched() else torch.device("cuda")
 
 
+def device_count(device: torch.device) -> int | None:
+    """Accelerators of this machine; ``None`` where the processor computes."""
+    return None if device.type == "cpu" else torch.cuda.device_count()
+
+
 def launched() -> bool:
     """Whether torchrun, or something that sets the same variables, has started this process."""
     return all(name in os.environ for name in LAUNCHED_BY)
