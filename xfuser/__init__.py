@@ -22,7 +22,16 @@ _PUBLIC = {
     "load_pipeline": "xfuser.model_executor.pipelines",
     "parallelize": "xfuser.model_executor.parallel",
     "xFuserArgs": "xfuser.config",
-}
+} | dict.fromkeys(
+    (
+        "xDiTParallel",
+        "xFuserFluxPipeline",
+        "xFuserPixArtAlphaPipeline",
+        "xFuserPixArtSigmaPipeline",
+        "xFuserStableDiffusion3Pipeline",
+    ),
+    "xfuser.model_executor.pipelines.upstream",
+)
 
 _MODELS = "this engine runs FLUX, PixArt, Stable Diffusion 3 and DiT; use xDiT itself for other models"
 _NOT_CARRIED_OVER = dict.fromkeys(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import os
 import platform
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch.distributed as dist
 
 LAUNCHED_BY = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 DEVICES = ("auto", "cpu", "cuda")
+_starts = itertools.count()
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -63,12 +65,16 @@ def join_processes(device: torch.device, timeout: float | None = None) -> None:
     """
     if dist.is_initialized() or not launched():
         return
-    limit = None if timeout is None else datetime.timedelta(seconds=timeout)
+    limit = dist.default_pg_timeout if timeout is None else datetime.timedelta(seconds=timeout)
+    store, place, processes = next(dist.rendezvous("env://", timeout=limit))
+    # The launcher's store outlives a group: a second one would find the first's addresses there, and wait for them.
+    store = dist.PrefixStore(f"start{next(_starts)}", store)
+    settings: dict[str, Any] = {"store": store, "rank": place, "world_size": processes, "timeout": limit}
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=limit, device_id=device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **settings)
     else:
-        dist.init_process_group("gloo", timeout=limit)
+        dist.init_process_group("gloo", **settings)
 
 
 def leave_processes() -> None:
