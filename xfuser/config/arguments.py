@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Container
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from xfuser.config.cache import APPROXIMATIONS, DEFAULT_TOLERANCE, GRANULARITIES, MODES, SCORES, SYNCS
 from xfuser.config.parallel import ParallelConfig
 
+DEFAULT_MODEL_TYPE = "tiny-dit"
+
 
 def add_model_arguments(parser: argparse.ArgumentParser, model_types: list[str]) -> None:
     """Which model, on which device, with how many threads."""
     group = parser.add_argument_group("model")
-    group.add_argument("--model_type", choices=model_types, default="tiny-dit", help="default: %(default)s")
-    group.add_argument("--model", help="folder or hub id of a diffusers pipeline (default: the type's own)")
+    group.add_argument("--model_type", choices=model_types, default=DEFAULT_MODEL_TYPE, help="default: %(default)s")
+    group.add_argument("--model", help="folder or hub id of a diffusers pipeline, or a model type (default: the type's own)")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     group.add_argument("--threads", type=positive, help="CPU threads (default: torch's own choice)")
+
+
+def resolve_model(args: argparse.Namespace, model_types: Container[str]) -> None:
+    """Take ``--model`` for ``--model_type`` where it names a type and no folder.
+
+    Raises:
+        ValueError: The two name different types.
+    """
+    if args.model not in model_types or Path(args.model).exists():
+        return
+    if args.model_type not in (DEFAULT_MODEL_TYPE, args.model):
+        raise ValueError(f"--model {args.model} is a model type, and --model_type is {args.model_type}; name one")
+    args.model_type, args.model = args.model, None
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,6 +14,8 @@ import torch.distributed as dist
 LAUNCHED_BY = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 DEVICES = ("auto", "cpu", "cuda")
 
+_timeout: float | None = None
+
 
 def choose_device(name: str = "auto") -> torch.device:
     """The device to run on; ``auto`` takes an accelerator where there is one.
@@ -56,14 +58,22 @@ def join_processes(device: torch.device, timeout: float | None = None) -> None:
         device: Where this process computes: gloo carries what lies on a CPU, NCCL what lies on an accelerator.
         timeout: Seconds after which a missing peer is an error; by default torch's own.
     """
+    global _timeout
     if dist.is_initialized() or not launched():
         return
+    _timeout = timeout
     limit = None if timeout is None else datetime.timedelta(seconds=timeout)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl", timeout=limit, device_id=device)
     else:
         dist.init_process_group("gloo", timeout=limit)
+
+
+def limit_waiting(group: dist.ProcessGroup) -> None:
+    """Give a group the timeout that `join_processes` was told; a new group has torch's own."""
+    if _timeout is not None:
+        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=_timeout), group)
 
 
 def leave_processes() -> None:
