@@ -38,7 +38,11 @@ def _own_code(method: Callable[..., Any]) -> Callable[..., Any]:
     if function is None:
         return method
     copied = types.FunctionType(
-        function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
     )
     copied.__kwdefaults__ = function.__kwdefaults__
     return types.MethodType(copied, method.__self__)  # type: ignore[attr-defined]

@@ -34,9 +34,7 @@ class Outline:
             )
 
 
-def outline(
-    model_type: str, model: str | None = None, height: int | None = None, width: int | None = None
-) -> Outline:
+def outline(model_type: str, model: str | None = None, height: int | None = None, width: int | None = None) -> Outline:
     """The outline of what `load_pipeline` would load, for images of this size.
 
     Raises:
