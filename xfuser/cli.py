@@ -85,7 +85,7 @@ def add_condition_arguments(parser: argparse.ArgumentParser) -> None:
 def run_generate(args: argparse.Namespace) -> None:
     from xfuser.config import CacheConfig
     from xfuser.core.distributed.environment import choose_device, join_processes, launched, leave_processes, world_size
-    from xfuser.core.distributed.failing import Watch, begin_together, end
+    from xfuser.core.distributed.failing import begin_together, end, watch
     from xfuser.core.distributed.launch import start_processes
     from xfuser.core.distributed.mesh import ParallelMesh
     from xfuser.model_executor.parallel import check_combination, parallelize
@@ -106,9 +106,8 @@ def run_generate(args: argparse.Namespace) -> None:
         check_model(args, parallel)
         if not launched():
             raise SystemExit(start_processes(parallel.world_size, args.argv, args.script))
-    watch = Watch(f"xdit {args.command}")
     if launched():
-        watch.start()
+        watch(f"xdit {args.command}")
 
     def begin() -> tuple[Any, Any, Any]:
         loaded, request = load_and_request(args)
@@ -127,7 +126,7 @@ def run_generate(args: argparse.Namespace) -> None:
         said = {"cache": vars(cache), "parallel": vars(parallel), "use_torch_compile": args.use_torch_compile}
         document = generate_images(loaded, request, spread, args.output_dir, args.save_raw, said)
     except Exception as error:
-        end(f"xdit {args.command}", error, watch)
+        end(f"xdit {args.command}", error)
     if document is not None:
         print_summary(document, args.output_dir)
     leave_processes()

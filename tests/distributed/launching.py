@@ -43,14 +43,14 @@ def torchrun(processes: int, *arguments: str | Path, limit: float = 120) -> Ende
     return run("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *arguments, limit=limit)
 
 
-def by_hand(processes: int, *arguments: str | Path, limit: float = 120) -> list[Ended]:
-    """The processes of a job without a launcher that looks after them."""
+def by_hand(processes: int, *arguments: str | Path, limit: float = 120, awaited: int | None = None) -> list[Ended]:
+    """The processes of a job without a launcher that looks after them; only the first ``awaited`` need to end."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     job = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     ranks = [start(*arguments, RANK=str(rank), LOCAL_RANK=str(rank), **job) for rank in range(processes)]
-    return wait(ranks, limit)
+    return wait(ranks, limit, awaited)
 
 
 def start(*arguments: str | Path, **more: str) -> subprocess.Popen[str]:
@@ -63,11 +63,11 @@ def start(*arguments: str | Path, **more: str) -> subprocess.Popen[str]:
     )
 
 
-def wait(processes: list[subprocess.Popen[str]], limit: float) -> list[Ended]:
+def wait(processes: list[subprocess.Popen[str]], limit: float, awaited: int | None = None) -> list[Ended]:
     begin = time.monotonic()
     ended = []
     try:
-        for process in processes:
+        for process in processes[:awaited]:
             out, err = process.communicate(timeout=max(1.0, begin + limit - time.monotonic()))
             ended.append(Ended(process.returncode, out, err, time.monotonic() - begin))
     finally:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from xfuser.core.distributed.environment import launched, rank, world_size
 
 Result = TypeVar("Result")
+_told = threading.Lock()
 
 USAGE = (ValueError, TypeError, OSError)
 GRACE = 5.0  # seconds that an orderly ending may take before it is cut short
@@ -85,43 +86,39 @@ def begin_together(begin: Callable[[], Result]) -> Result:
     return result  # type: ignore[return-value]
 
 
-class Watch:
-    """Ends this process in order when the launcher asks it to, also while it waits for a peer.
+def tell(command: str, text: str) -> None:
+    """Print one line of this rank's: the first that there is, since what follows is a consequence."""
+    if _told.acquire(blocking=False):
+        print(f"{command}: rank {rank()}: {text}", file=sys.stderr, flush=True)
+
+
+def watch(command: str) -> None:
+    """End this process in order when its launcher asks it to, also while it waits for a peer.
 
     Python's own handlers run between operations, and a rank that waits for a dead one is inside an operation; so a
-    thread hears of the signal, says so, and cuts the ending short where it takes long.
+    thread hears of the signal, says so, and cuts the ending short where it takes long. To be called in the main thread.
     """
-
-    def __init__(self, command: str) -> None:
-        self._command = command
-        self._told = threading.Lock()
-
-    def start(self) -> None:
-        """Watch from now on; only where there are other processes, and in the main thread."""
-        reading, writing = os.pipe()
-        os.set_blocking(writing, False)
-        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-        signal.signal(signal.SIGTERM, self._unwind)
-        threading.Thread(target=self._listen, args=(reading,), daemon=True).start()
-
-    def tell(self, text: str) -> None:
-        """Print one line of this rank's, once."""
-        if self._told.acquire(blocking=False):
-            print(f"{self._command}: rank {rank()}: {text}", file=sys.stderr, flush=True)
-
-    def _listen(self, reading: int) -> None:
-        while signal.SIGTERM not in os.read(reading, 16):
-            pass
-        by_launcher = "TORCHELASTIC_RUN_ID" in os.environ
-        self.tell("stopped by the launcher after another rank failed" if by_launcher else "stopped by SIGTERM")
-        time.sleep(GRACE)
-        os._exit(128 + signal.SIGTERM)
-
-    def _unwind(self, *unused: Any) -> NoReturn:
-        raise SystemExit(128 + signal.SIGTERM)
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    signal.signal(signal.SIGTERM, _unwind)
+    threading.Thread(target=_listen, args=(command, reading), daemon=True).start()
 
 
-def end(command: str, error: BaseException, watch: Watch | None = None) -> NoReturn:
+def _listen(command: str, reading: int) -> None:
+    while signal.SIGTERM not in os.read(reading, 16):
+        pass
+    by_launcher = "TORCHELASTIC_RUN_ID" in os.environ
+    tell(command, "stopped by the launcher after another rank failed" if by_launcher else "stopped by SIGTERM")
+    time.sleep(GRACE)
+    os._exit(128 + signal.SIGTERM)
+
+
+def _unwind(*unused: Any) -> NoReturn:
+    raise SystemExit(128 + signal.SIGTERM)
+
+
+def end(command: str, error: BaseException) -> NoReturn:
     """Say in one line what went wrong and leave: with 2 where the command was wrong, with 1 where the work failed.
 
     What all ranks refuse alike, the first one says for all. An error of a single process that is no refusal is raised
@@ -138,7 +135,7 @@ def end(command: str, error: BaseException, watch: Watch | None = None) -> NoRet
         raise error
     if is_lost(error) and not isinstance(error, LostPeer):
         error = LostPeer(f"lost contact with another rank: {reason_of(error)}")
-    (watch or Watch(command)).tell(one_line(error))
+    tell(command, one_line(error))
     _leave(1, joined)
 
 
