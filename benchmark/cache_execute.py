@@ -3,6 +3,7 @@
     python benchmark/cache_execute.py --cache_methods None Tea Tea+AdaCorrection
     python benchmark/cache_execute.py --cache_methods Tea+AdaCorrection --adacorr_mode gate --match_compute
     python benchmark/cache_execute.py --sweep
+    torchrun --nproc_per_node=2 benchmark/cache_execute.py --ulysses_degree 2
 
 Writes cache_execute_results.json, the images, comparison_sheet.png and report.html into --output_dir.
 """
@@ -39,16 +40,33 @@ from xfuser.config.arguments import (  # noqa: E402
     add_base_arguments,
     add_correction_arguments,
     add_model_arguments,
+    add_parallel_arguments,
     add_sampling_arguments,
     correction_settings,
+    parallel_config,
     positive,
+    resolve_model,
 )
-from xfuser.core.distributed.environment import choose_device  # noqa: E402
+from xfuser.config.parallel import ParallelConfig  # noqa: E402
+from xfuser.config.refused import refuse_unsupported  # noqa: E402
+from xfuser.core.distributed.environment import (  # noqa: E402
+    choose_device,
+    join_processes,
+    launched,
+    leave_processes,
+    world_size,
+)
+from xfuser.core.distributed.failing import begin_together, end, watch  # noqa: E402
+from xfuser.core.distributed.launch import start_processes  # noqa: E402
+from xfuser.core.distributed.mesh import ParallelMesh  # noqa: E402
 from xfuser.core.files import write_json  # noqa: E402
-from xfuser.model_executor.pipelines import MODEL_TYPES, load_pipeline  # noqa: E402
+from xfuser.model_executor.parallel import check_combination  # noqa: E402
+from xfuser.model_executor.pipelines import MODEL_TYPES, LoadedPipeline, load_pipeline  # noqa: E402
 from xfuser.model_executor.pipelines.generate import save_image  # noqa: E402
+from xfuser.model_executor.pipelines.outline import outline  # noqa: E402
 from xfuser.report import comparison_sheet, frontier_table, results_table, write_report  # noqa: E402
 
+NAME = "cache_execute"
 RESULTS = "cache_execute_results.json"
 SHEET_COLUMNS = 12
 
@@ -89,6 +107,7 @@ def parser() -> argparse.ArgumentParser:
     add_evaluation_arguments(group, "cache_execute_results")
     add_base_arguments(result)
     add_correction_arguments(result)
+    add_parallel_arguments(result)
     return result
 
 
@@ -141,22 +160,56 @@ def rows_to_run(args: argparse.Namespace) -> tuple[list[Row], Sweep | None]:
     return sweep.rows, sweep
 
 
-def execute(args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Run the comparison and write its files; returns the document."""
+def check_parallel(args: argparse.Namespace, parallel: ParallelConfig, rows: list[Row]) -> None:
+    """Refuse degrees that do not fit the processes, the model or the rows, before anything is loaded (ValueError)."""
+    if parallel.data_parallel_degree > 1:
+        raise ValueError("--data_parallel_degree: rows are compared image by image on the same ranks; leave it out")
+    if parallel.pipefusion_parallel_degree > 1 and args.calibration is not None:
+        raise ValueError(
+            "--calibration is checked against all weights, and a stage of --pipefusion_parallel_degree keeps only its "
+            "own from row to row; leave one of them out"
+        )
+    for row in rows:
+        check_combination(row.config, parallel)
+    if launched():
+        parallel.check_world(world_size())
+    if parallel.world_size > 1:
+        outline(args.model_type, args.model, args.height, args.width).check(parallel)
+
+
+def execute(args: argparse.Namespace, console: Console) -> dict[str, Any] | None:
+    """Run the comparison and write its files; returns the document, on the first rank."""
+    resolve_model(args, MODEL_TYPES)
     device = choose_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     check_output_folder(args.output_dir)
     rows, sweep = rows_to_run(args)
-    loaded = load_pipeline(args.model_type, args.model, device)
-    judge, sampling = Judge(loaded, evaluation_folder(loaded, args)), sampling_of(args)
+    parallel = parallel_config(args)
+    check_parallel(args, parallel, rows)
+    if parallel.world_size > 1 and not launched():
+        raise SystemExit(start_processes(parallel.world_size, sys.argv[1:], Path(__file__).resolve()))
+    if launched():
+        watch(NAME)
+    join_processes(device)
+    mesh = ParallelMesh(parallel, device)
+
+    def begin() -> tuple[LoadedPipeline, Judge]:
+        loaded = load_pipeline(args.model_type, args.model, device)
+        return loaded, Judge(loaded, evaluation_folder(loaded, args))
+
+    (loaded, judge), sampling = begin_together(begin), sampling_of(args)
+    if not mesh.is_first:
+        measure(loaded, rows, sampling, lenient=sweep is not None, mesh=mesh)
+        return None
     console.print(announce(loaded, len(rows), args))
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    everything = measure(loaded, rows, sampling, judge.see, lenient=sweep is not None)
+    everything = measure(loaded, rows, sampling, judge.see, lenient=sweep is not None, mesh=mesh)
     runs = [run for run in everything if run.left_out is None]
     results = judge.results(runs, write_images(runs, args.output_dir))
+    spread = {"parallel": vars(parallel)} if parallel.world_size > 1 else {}
     document = {
-        **describe_run(loaded, sampling, {"cache_methods": args.cache_methods}),
+        **describe_run(loaded, sampling, {"cache_methods": args.cache_methods} | spread),
         "results": results,
         "comparisons": judge.comparisons(runs),
     }
@@ -180,13 +233,19 @@ def print_comparisons(document: dict[str, Any], console: Console) -> None:
 
 
 def main() -> None:
-    args = parser().parse_args()
     # A log file has no width of its own; the table needs this much.
     console = Console() if sys.stdout.isatty() else Console(width=140)
     try:
+        refuse_unsupported(sys.argv[1:])
+        args = parser().parse_args()
         document = execute(args, console)
     except (ValueError, TypeError, RuntimeError, OSError) as error:
-        raise SystemExit(f"cache_execute: {error}") from error
+        if world_size() > 1:
+            end(NAME, error)
+        raise SystemExit(f"{NAME}: {error}") from error
+    leave_processes()
+    if document is None:
+        return
     if "sweep" in document:
         # What belongs to a base method is left out with it, for the same reason.
         for reason in dict.fromkeys(document["sweep"]["left_out"].values()):

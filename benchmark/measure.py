@@ -16,8 +16,10 @@ from benchmark.matching import ALLOWED, RETRY_LIMIT, SEARCH_LIMIT, Match, dial_o
 from benchmark.rows import Row
 from xfuser.config import CacheConfig
 from xfuser.core.distributed.environment import synchronize
+from xfuser.core.distributed.mesh import ParallelMesh
 from xfuser.model_executor.cache import CacheEngine, apply_cache_on_pipeline
 from xfuser.model_executor.cache.flops import StepFlops
+from xfuser.model_executor.parallel import ParallelPipeline, parallelize
 from xfuser.model_executor.pipelines import LoadedPipeline
 
 DEFAULT_PROMPTS = (
@@ -125,6 +127,7 @@ def measure(
     sampling: Sampling,
     see: Callable[[list[Run], list[Any]], None] | None = None,
     lenient: bool = False,
+    mesh: ParallelMesh | None = None,
 ) -> list[Run]:
     """Generate all images of all rows.
 
@@ -134,19 +137,24 @@ def measure(
         sampling: What is generated.
         see: Called after every batch with the runs, whose newest images are of that batch, and its conditions.
         lenient: Leave a row that cannot be reported out, and say so in its ``left_out``, instead of failing.
+        mesh: The ranks that every row is spread over; all of them call this, and go through the same batches, since
+            what they decide by is the same on each: hit rates, FLOPs and images, never seconds.
 
     Raises:
         Unreportable: A row's method never hit, did not match what it had to, or produced something that is no image. A
             method that raises is not caught: its row cannot be reported.
         RuntimeError: A row's method was not active, or its images contradict its decisions.
     """
-    return _Measurement(loaded, rows, sampling, lenient).run(see)
+    return _Measurement(loaded, rows, sampling, lenient, mesh).run(see)
 
 
 class _Measurement:
     """The runs of one comparison, and how each is brought forward by a batch."""
 
-    def __init__(self, loaded: LoadedPipeline, rows: list[Row], sampling: Sampling, lenient: bool) -> None:
+    def __init__(
+        self, loaded: LoadedPipeline, rows: list[Row], sampling: Sampling, lenient: bool, mesh: ParallelMesh | None
+    ) -> None:
+        self.mesh = mesh
         self.loaded, self.sampling, self.lenient = loaded, sampling, lenient
         self.runs = [Run(row) for row in rows]
         for run in self.runs:
@@ -159,7 +167,7 @@ class _Measurement:
         columns = (TextColumn("{task.description:28}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         searches = sum(run.match is not None for run in self.runs)
         total = len(self.runs) * (len(self.batches) + 1) + searches * (SEARCH_LIMIT - 1)
-        with Progress(*columns) as progress:
+        with Progress(*columns, disable=self.mesh is not None and not self.mesh.is_first) as progress:
             task = progress.add_task("warm-up", total=total)
             for run in self.runs:
                 with self._watched(run):
@@ -251,9 +259,8 @@ class _Measurement:
         steps = sampling.num_inference_steps
         if run.row.fewer_steps:
             steps = max(1, round(steps * self._spent_by_base(run)))
-        engine: CacheEngine | None = None
-        if config.use_cache is not None:
-            engine = apply_cache_on_pipeline(loaded.pipeline, **vars(config))
+        attached, engine = self._attach(config)
+        if engine is not None:
             engine.learn_flops(run.flops)
         try:
             device = loaded.pipeline.device
@@ -270,15 +277,24 @@ class _Measurement:
             synchronize(device)
             seconds = time.perf_counter() - begin
             saved = 1 - steps / sampling.num_inference_steps
-            summary = engine.summary() if engine else {"hit_rate": 0.0, "flops_saved": saved, "non_finite": 0}
+            cached = engine is not None and config.use_cache is not None
+            summary = engine.summary() if cached else {"hit_rate": 0.0, "flops_saved": saved, "non_finite": 0}
             run.flops = engine.known_flops() if engine else None
         finally:
-            if engine is not None:
-                engine.remove()
+            if attached is not None:
+                attached.remove()
         if not np.isfinite(images).all():
             raise Unreportable(f"{run.row.method}: some images hold numbers that are not finite")
         run.summary = summary
         return Outcome(images, seconds, steps, summary)
+
+    def _attach(self, config: CacheConfig) -> tuple[CacheEngine | ParallelPipeline | None, CacheEngine | None]:
+        """What has to be removed again, and the engine in it; nothing is attached to an uncached single process."""
+        if self.mesh is not None and self.mesh.world_size > 1:
+            spread = parallelize(self.loaded.pipeline, self.mesh, **vars(config))
+            return spread, spread.engine
+        engine = None if config.use_cache is None else apply_cache_on_pipeline(self.loaded.pipeline, **vars(config))
+        return engine, engine
 
     def _accept(self, run: Run, outcome: Outcome, batch: Batch) -> None:
         if not run.row.kept:

@@ -220,7 +220,7 @@ def test_loading_from_nowhere_is_one_line(tmp_path: Path) -> None:
 
 
 def test_what_create_config_has_settled_cannot_be_changed() -> None:
-    for name, value in (("warmup_steps", 4), ("use_parallel_vae", True), ("use_torch_compile", True)):
+    for name, value in (("warmup_steps", 4), ("use_parallel_vae", True)):
         engine_config, _ = configured()
         setattr(engine_config.runtime_config, name, value)
         with pytest.raises(ValueError, match=f"^runtime_config.{name}="):

@@ -56,6 +56,7 @@ class xFuserArgs(RefusedArguments):  # noqa: N801 (xDiT's name)
     # runtime
     warmup_steps: int = 1
     use_parallel_vae: bool = False
+    use_torch_compile: bool = False
     enable_tiling: bool = False
     enable_slicing: bool = False
     # parallel
@@ -120,6 +121,7 @@ class xFuserArgs(RefusedArguments):  # noqa: N801 (xDiT's name)
         group.add_argument("--output_type", choices=OUTPUT_TYPES, default="pil", help="default: %(default)s")
         group.add_argument("--no_use_resolution_binning", action="store_true", help="PixArt: any size as it is")
         group = parser.add_argument_group("runtime")
+        group.add_argument("--use_torch_compile", action="store_true", help="compile the blocks")
         group.add_argument("--enable_tiling", action="store_true", help="decode an image in tiles")
         group.add_argument("--enable_slicing", action="store_true", help="decode one image at a time")
         add_parallel_arguments(parser)
@@ -154,6 +156,7 @@ class xFuserArgs(RefusedArguments):  # noqa: N801 (xDiT's name)
             RuntimeConfig(
                 warmup_steps=parallel.warmup_steps,
                 use_parallel_vae=self.use_parallel_vae,
+                use_torch_compile=self.use_torch_compile,
                 use_teacache=self.use_teacache,
                 use_fbcache=self.use_fbcache,
                 enable_tiling=self.enable_tiling,

@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Container
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from xfuser.config.cache import APPROXIMATIONS, DEFAULT_TOLERANCE, GRANULARITIES, MODES, SCORES, SYNCS
 from xfuser.config.parallel import ParallelConfig
 
+DEFAULT_MODEL_TYPE = "tiny-dit"
+
 
 def add_model_arguments(parser: argparse.ArgumentParser, model_types: list[str]) -> None:
     """Which model, on which device, with how many threads."""
     group = parser.add_argument_group("model")
-    group.add_argument("--model_type", choices=model_types, default="tiny-dit", help="default: %(default)s")
-    group.add_argument("--model", help="folder or hub id of a diffusers pipeline (default: the type's own)")
+    group.add_argument("--model_type", choices=model_types, default=DEFAULT_MODEL_TYPE, help="default: %(default)s")
+    group.add_argument(
+        "--model", help="folder or hub id of a diffusers pipeline, or a model type (default: the type's own)"
+    )
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     group.add_argument("--threads", type=positive, help="CPU threads (default: torch's own choice)")
+
+
+def resolve_model(args: argparse.Namespace, model_types: Container[str]) -> None:
+    """Take ``--model`` for ``--model_type`` where it names a type and no folder.
+
+    Raises:
+        ValueError: The two name different types.
+    """
+    if args.model not in model_types or Path(args.model).exists():
+        return
+    if args.model_type not in (DEFAULT_MODEL_TYPE, args.model):
+        raise ValueError(f"--model {args.model} is a model type, and --model_type is {args.model_type}; name one")
+    args.model_type, args.model = args.model, None
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -161,6 +180,40 @@ def add_parallel_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="compare the plans of all ranks at every step, and stop where two differ",
     )
+
+
+ALIASES = {"use_teacache": "Tea", "use_fbcache": "Fb"}
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """How a generation runs, with xDiT's names."""
+    group = parser.add_argument_group("running")
+    group.add_argument("--use_torch_compile", action="store_true", help="compile the blocks; decisions stay outside")
+    group.add_argument("--use_teacache", action="store_true", help="the same as --use_cache Tea")
+    group.add_argument("--use_fbcache", action="store_true", help="the same as --use_cache Fb")
+    group.add_argument("--enable_tiling", action="store_true", help="decode large images tile by tile")
+    group.add_argument("--enable_slicing", action="store_true", help="decode a batch image by image")
+    group.add_argument(
+        "--timeout",
+        type=positive,
+        default=600,
+        help="seconds after which a rank that does not answer is taken for lost (default: %(default)s)",
+    )
+
+
+def cache_method(args: argparse.Namespace) -> str | None:
+    """The base method that a command line names, by whichever flag.
+
+    Raises:
+        ValueError: Two flags name different ones.
+    """
+    named = {f"--{flag}": method for flag, method in ALIASES.items() if getattr(args, flag)}
+    if args.use_cache is not None:
+        named[f"--use_cache {args.use_cache}"] = args.use_cache
+    if len(set(named.values())) > 1:
+        raise ValueError(f"{' and '.join(named)} name different methods; leave all but one out")
+    method = next(iter(named.values()), None)
+    return None if method == "None" else method
 
 
 def parallel_config(args: argparse.Namespace) -> ParallelConfig:

@@ -29,7 +29,7 @@ class RuntimeConfig:
         warmup_steps: PipeFusion's leading synchronous steps.
         dtype: What weights are loaded in where ``from_pretrained`` is not told a dtype.
         use_parallel_vae: Whether the ranks that share an image decode it together.
-        use_torch_compile: Always false: the flag is refused.
+        use_torch_compile: Whether the blocks are compiled.
         use_teacache: Whether TeaCache was asked for.
         use_fbcache: Whether First Block Cache was asked for.
         enable_tiling: Decode the image in tiles.

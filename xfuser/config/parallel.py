@@ -55,6 +55,8 @@ class ParallelConfig:
             for name in ("num_pipeline_patch", "attn_layer_num_for_pp", "pipefusion_max_lag"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"--{name} belongs to PipeFusion; add --pipefusion_parallel_degree")
+        if self.use_parallel_vae and self.image_degree == 1:
+            raise ValueError("--use_parallel_vae: one process has an image to itself; add a degree, or leave it out")
         split = self.attn_layer_num_for_pp
         if split is not None and (len(split) != self.pipefusion_parallel_degree or min(split) < 1):
             raise ValueError(

@@ -18,7 +18,7 @@ _QUANTISED = "weights are not quantised here; leave it out"
 _RAY = "processes are started by torchrun; use --nproc_per_node"
 _OFFLOAD = "weights stay on the device; use --pipefusion_parallel_degree to hold fewer of them"
 _ATTENTION = "attention is not compressed here; use --use_cache"
-_COMPILED = "a compiled block hides its work from the cache, which counts it; leave it out"
+_COMPILED = "use --use_torch_compile"
 _IMAGES = "this engine generates images from text; leave it out"
 
 
@@ -37,7 +37,6 @@ class RefusedArguments:
     use_int8_gemms: bool = _refused(False, _QUANTISED)
     use_fp4_gemms: bool = _refused(False, _QUANTISED)
     use_onediff: bool = _refused(False, _COMPILED)
-    use_torch_compile: bool = _refused(False, _COMPILED)
     attention_backend: str | None = _refused(None, "it follows from the device; leave it out")
     use_ray: bool = _refused(False, _RAY)
     ray_world_size: int = _refused(1, _RAY)
@@ -94,3 +93,30 @@ def add_refused_arguments(parser: argparse.ArgumentParser) -> None:
             help=argparse.SUPPRESS,
             instead=each.metadata["instead"],
         )
+
+
+# Flags of xDiT's newer commands, for a command line that never had the others' meaningless values.
+FURTHER = {
+    "fully_shard": _STAGES,
+    "use_int8": _QUANTISED,
+    "quantization": _QUANTISED,
+    "quantize": _QUANTISED,
+    "quantize_transformer": _QUANTISED,
+}
+PREFIXES = {
+    "quantiz": _QUANTISED,
+    "use_hybrid_": "name --use_cfg_parallel, --ulysses_degree, --ring_degree and --pipefusion_parallel_degree yourself",
+}
+
+
+def refuse_unsupported(arguments: Sequence[str]) -> None:
+    """Name the first flag of xDiT on a command line that is not supported, and what to use instead (ValueError)."""
+    reasons = {each.name: each.metadata["instead"] for each in fields(RefusedArguments)} | FURTHER
+    for argument in arguments:
+        flag = argument.split("=", 1)[0]
+        name = flag.removeprefix("--").replace("-", "_")
+        if not flag.startswith("--"):
+            continue
+        reason = reasons.get(name) or next((text for each, text in PREFIXES.items() if name.startswith(each)), None)
+        if reason is not None:
+            raise ValueError(f"{flag} is not supported: {reason}")

@@ -16,6 +16,8 @@ LAUNCHED_BY = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torch
 DEVICES = ("auto", "cpu", "cuda")
 _starts = itertools.count()
 
+_timeout: float | None = None
+
 
 def choose_device(name: str = "auto") -> torch.device:
     """The device to run on; ``auto`` takes an accelerator where there is one.
@@ -63,8 +65,10 @@ def join_processes(device: torch.device, timeout: float | None = None) -> None:
         device: Where this process computes: gloo carries what lies on a CPU, NCCL what lies on an accelerator.
         timeout: Seconds after which a missing peer is an error; by default torch's own.
     """
+    global _timeout
     if dist.is_initialized() or not launched():
         return
+    _timeout = timeout
     limit = dist.default_pg_timeout if timeout is None else datetime.timedelta(seconds=timeout)
     store, place, processes = next(dist.rendezvous("env://", timeout=limit))
     # The launcher's store outlives a group: a second one would find the first's addresses there, and wait for them.
@@ -75,6 +79,12 @@ def join_processes(device: torch.device, timeout: float | None = None) -> None:
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **settings)
     else:
         dist.init_process_group("gloo", **settings)
+
+
+def limit_waiting(group: dist.ProcessGroup) -> None:
+    """Give a group the timeout that `join_processes` was told; a new group has torch's own."""
+    if _timeout is not None:
+        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=_timeout), group)
 
 
 def leave_processes() -> None:

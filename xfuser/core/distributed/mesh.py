@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from xfuser.config.parallel import DIMENSIONS, ParallelConfig
+from xfuser.core.distributed.environment import limit_waiting
 
 
 class ParallelMesh:
@@ -23,6 +24,8 @@ class ParallelMesh:
         sequence: Group of the ranks that share a stage's tokens: ring × ulysses.
         peers: Group of the ranks that hold the same blocks for one image: cfg × ring × ulysses.
         control: gloo group of all ranks that share an image, for decisions; never carries activations.
+        image: Group of the same ranks for what they compute, where the autoencoder is spread over them.
+        replicas: gloo group of the ranks at this one's place in every data-parallel group, for finished images.
 
     Raises:
         ValueError: The number of processes is not the product of the degrees.
@@ -33,12 +36,17 @@ class ParallelMesh:
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         config.check_world(self.world_size)
         self.mesh: DeviceMesh | None = None
-        self.sequence = self.peers = self.control = None
+        self.sequence = self.peers = self.control = self.image = self.replicas = None
         if dist.is_initialized():
             self.mesh = init_device_mesh(device.type, config.shape, mesh_dim_names=DIMENSIONS)
             self.sequence = self._group("ring", "ulysses")
             self.peers = self._group("cfg", "ring", "ulysses")
             self.control = self._group("cfg", "pipefusion", "ring", "ulysses", backend="gloo")
+            self.replicas = self._group("data", backend="gloo")
+            if config.use_parallel_vae:
+                self.image = self._group("cfg", "pipefusion", "ring", "ulysses")
+            for name in DIMENSIONS:
+                limit_waiting(self.mesh.get_group(name))
 
     def rank(self, dimension: str) -> int:
         """This process's coordinate along a dimension."""
@@ -86,6 +94,7 @@ class ParallelMesh:
             if dist.get_rank() in row:
                 mine = group
         assert mine is not None
+        limit_waiting(mine)
         return mine
 
     def _size(self, dimensions: tuple[str, ...]) -> int:

@@ -20,6 +20,7 @@ class ModelDeclaration:
     Attributes:
         transformer_class: Name of the diffusers class.
         block_lists: Attributes that hold the blocks, in the order in which they run.
+        layer_counts: Settings of the transformer that say how many blocks those lists hold.
         streams: Names of the block arguments that carry tokens, ``hidden_states`` (the image) first.
         returns: The same names in the order in which a block returns them.
         conditioning: Arguments of the transformer that stay the same for all steps of a branch; when they change, a new
@@ -38,6 +39,8 @@ class ModelDeclaration:
         guidance: How pipelines evaluate the two branches of classifier-free guidance: ``"batch"``, side by side in one
             call, or ``"calls"``, one call after the other.
         tail_needs: Parts of block 0 that the transformer reads outside of it.
+        packs: Side of the square of latents that its pipelines put into one channel vector, before the transformer's
+            own patches.
         text_first: Whether text tokens come before the image's in joint attention.
         timestep_direction: -1 where the timestep that the transformer sees falls during a generation, +1 where it
             rises.
@@ -52,10 +55,12 @@ class ModelDeclaration:
     tea_coefficients: tuple[float, ...] | None = None
     between_blocks: tuple[str, ...] = ()
     skips_blocks: tuple[str, ...] = ()
+    layer_counts: tuple[str, ...] = ("num_layers",)
     self_attention: tuple[str, ...] = ()
     per_token: tuple[str, ...] = ()
     guidance: str = "batch"
     tail_needs: tuple[str, ...] = ()
+    packs: int = 1
     text_first: bool = False
     timestep_direction: int = -1
 

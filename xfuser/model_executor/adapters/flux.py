@@ -24,8 +24,10 @@ DECLARATION = ModelDeclaration(
     modulated_input=modulated_input,
     tea_coefficients=(498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861),
     between_blocks=("controlnet_block_samples", "controlnet_single_block_samples"),
+    layer_counts=("num_layers", "num_single_layers"),
     self_attention=("attn",),
     per_token=("image_rotary_emb",),
     guidance="calls",
+    packs=2,
     text_first=True,
 )

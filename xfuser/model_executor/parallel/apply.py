@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,8 @@ from xfuser.model_executor.adapters import BoundArguments, ModelDeclaration, dec
 from xfuser.model_executor.cache.apply import check_unattached, load_calibration
 from xfuser.model_executor.cache.attach import Replacement, scheduler_calls
 from xfuser.model_executor.cache.engine import CacheEngine
+from xfuser.model_executor.parallel.autoencoder import ParallelDecoder, check_decoder
+from xfuser.model_executor.parallel.compiled import compile_blocks
 from xfuser.model_executor.parallel.guidance import BatchedBranches, BranchCalls, sample_of, with_sample
 from xfuser.model_executor.parallel.sequence import SequenceShards
 from xfuser.model_executor.pipefusion import Placement, Stage, drop_other_blocks
@@ -33,9 +36,17 @@ class ParallelPipeline:
         engine: The attached cache engine; ``use_cache=None`` evaluates everything.
         mesh: This process's place.
         clock: Where this rank's time went.
+        transformer_seconds: Wall time of this rank's calls of the transformer.
     """
 
-    def __init__(self, pipeline: Any, mesh: ParallelMesh, config: CacheConfig, timed: bool | None = None) -> None:
+    def __init__(
+        self,
+        pipeline: Any,
+        mesh: ParallelMesh,
+        config: CacheConfig,
+        timed: bool | None = None,
+        use_torch_compile: bool = False,
+    ) -> None:
         self.pipeline, self.mesh, self.cache_config = pipeline, mesh, config
         transformer = pipeline.transformer
         declaration = declaration_of(transformer)
@@ -43,7 +54,9 @@ class ParallelPipeline:
         mesh.config.check_model(declaration.heads(transformer), len(blocks))
         declaration.check_return_order(config.return_hidden_states_first)
         check_unattached(transformer, pipeline.scheduler)
-        _check_combination(config, mesh.config)
+        check_combination(config, mesh.config)
+        if mesh.config.use_parallel_vae:
+            check_decoder(pipeline.vae)
         calibration = load_calibration(transformer, config, pipeline.scheduler)
         self.clock = Clock(waiter(mesh.device) if timed else None)
         self.placement = _placement(mesh, declaration, len(blocks), config, self.clock)
@@ -51,15 +64,20 @@ class ParallelPipeline:
             mesh.control if mesh.shares_image else None, mesh.config.verify_agreement, self.clock
         )
         attention = self._attention(declaration)
+        self._inner = compile_blocks(blocks) if use_torch_compile else []
         self.engine = CacheEngine(
             transformer, declaration, config, self.exchange, calibration, self.placement, attention
         )
-        self._layers: list[Replacement] = []
+        self._layers: list[Replacement | ParallelDecoder] = []
+        self._timed = bool(timed) or mesh.device.type == "cpu"
+        self.transformer_seconds = 0.0
         self._attach_blocks(declaration, blocks, attention)
         self.engine.watch_scheduler(pipeline.scheduler)
         self._attach_root(transformer, declaration)
         if not self.placement.stage.is_alone:
             drop_other_blocks(blocks, self.placement.stage, declaration.tail_needs)
+        if mesh.config.use_parallel_vae:
+            self._layers.append(ParallelDecoder(pipeline.vae, mesh.image))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.pipeline(*args, **kwargs)
@@ -75,6 +93,20 @@ class ParallelPipeline:
             "seconds": dict(self.clock.seconds),
             **self.engine.summary(),
         }
+
+    @property
+    def steps_done(self) -> int:
+        """Steps of the current generation that are complete."""
+        return max((len(records) for records in self.engine.statistics.generation.records.values()), default=0)
+
+    def efficiency(self) -> float | None:
+        """The share of the transformer's time in which a PipeFusion stage computes, over all stages. Collective.
+
+        ``None`` on an accelerator, unless the clock waits for it: it would tell the time of launching.
+        """
+        computing = self.clock.seconds["compute"] / self.transformer_seconds if self.transformer_seconds else 0.0
+        shares = self.gather(computing)
+        return sum(shares) / len(shares) if self._timed else None
 
     def gather(self, value: Any) -> list[Any]:
         """One picklable value of every rank that shares the image, in rank order. Collective."""
@@ -100,6 +132,8 @@ class ParallelPipeline:
         while self._layers:
             self._layers.pop().undo()
         self.engine.remove()
+        while self._inner:
+            self._inner.pop().undo()
 
     # -- attaching ----------------------------------------------------------------------------------------------------
 
@@ -133,6 +167,18 @@ class ParallelPipeline:
             branches = kind(self.mesh.group("cfg"), self.mesh.rank("cfg"), self.clock)
             self._layers.append(Replacement(transformer, "forward", branches.wrap))
             self._layers += scheduler_calls(self.pipeline.scheduler, branches.step_ends, branches.step_ends)
+        if not self.placement.stage.is_alone:
+            self._layers.append(Replacement(transformer, "forward", self._take_time))
+
+    def _take_time(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self.transformer_seconds += time.perf_counter() - begin
+
+        return forward
 
     def _tell_output(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """The last stage's output is everybody's."""
@@ -150,6 +196,7 @@ def parallelize(
     mesh: ParallelMesh | ParallelConfig,
     use_cache: str | None = None,
     timed: bool | None = None,
+    use_torch_compile: bool = False,
     **settings: Any,
 ) -> ParallelPipeline:
     """Spread a diffusers pipeline over the ranks of a mesh, with a cache if one is named.
@@ -162,6 +209,7 @@ def parallelize(
         mesh: This process's place among all.
         use_cache: The base method, as for `apply_cache_on_pipeline`.
         timed: Whether the clock waits for the device, so that it is true on an accelerator.
+        use_torch_compile: Compile every block's own forward; decisions stay outside.
         **settings: The other fields of `CacheConfig`.
 
     Raises:
@@ -173,7 +221,7 @@ def parallelize(
         raise TypeError(f"{type(pipeline).__name__} has no transformer; parallel inference needs a pipeline with one")
     if isinstance(mesh, ParallelConfig):
         mesh = ParallelMesh(mesh, pipeline.device)
-    return ParallelPipeline(pipeline, mesh, config, timed)
+    return ParallelPipeline(pipeline, mesh, config, timed, use_torch_compile)
 
 
 def _placement(
@@ -203,7 +251,7 @@ def _placement(
     )
 
 
-def _check_combination(config: CacheConfig, parallel: ParallelConfig) -> None:
+def check_combination(config: CacheConfig, parallel: ParallelConfig) -> None:
     """Refuse what would need numbers that the step's exchange does not carry (ValueError)."""
     if parallel.image_degree == 1:
         return

@@ -41,6 +41,7 @@ class ModelType:
     """One family of pipelines as the command lines know it.
 
     Attributes:
+        transformer_class: The name of their transformer's class.
         pipeline_classes: The diffusers classes; where there are several, a model names its own in its model_index.json.
         default: What is loaded when no model is named; ``None`` where the toy is built instead.
         conditioned_on: ``"label"`` or ``"prompt"``.
@@ -51,6 +52,7 @@ class ModelType:
         toy_arguments: What a call of the toy needs besides, where it differs from the pipeline's own defaults.
     """
 
+    transformer_class: str
     pipeline_classes: tuple[type[DiffusionPipeline], ...]
     default: Callable[[], Path] | str | None
     conditioned_on: str
@@ -65,10 +67,24 @@ SHORT = {"max_sequence_length": 64}
 
 MODEL_TYPES = {
     "tiny-dit": ModelType(
-        (DiTPipeline,), shipped_tiny_dit, "label", 1.5, {"Fast": 0.016, "Tea": 0.06, "Fb": 0.05}, evaluated=True
+        "DiTTransformer2DModel",
+        (DiTPipeline,),
+        shipped_tiny_dit,
+        "label",
+        1.5,
+        {"Fast": 0.016, "Tea": 0.06, "Fb": 0.05},
+        evaluated=True,
     ),
-    "dit": ModelType((DiTPipeline,), "facebook/DiT-XL-2-256", "label", 1.5, {"Fast": 0.05, "Tea": 0.1, "Fb": 0.08}),
+    "dit": ModelType(
+        "DiTTransformer2DModel",
+        (DiTPipeline,),
+        "facebook/DiT-XL-2-256",
+        "label",
+        1.5,
+        {"Fast": 0.05, "Tea": 0.1, "Fb": 0.08},
+    ),
     "flux": ModelType(
+        "FluxTransformer2DModel",
         (FluxPipeline,),
         None,
         "prompt",
@@ -80,6 +96,7 @@ MODEL_TYPES = {
     # The thresholds of these two are those at which the toys skip about half of their block evaluations in 20 steps; no
     # real weights were at hand to choose them by.
     "pixart": ModelType(
+        "PixArtTransformer2DModel",
         (PixArtAlphaPipeline, PixArtSigmaPipeline),
         None,
         "prompt",
@@ -90,6 +107,7 @@ MODEL_TYPES = {
         toy_arguments=SHORT | {"use_resolution_binning": False, "clean_caption": False},
     ),
     "sd3": ModelType(
+        "SD3Transformer2DModel",
         (StableDiffusion3Pipeline,),
         None,
         "prompt",
@@ -126,8 +144,13 @@ class LoadedPipeline:
         guidance_scale: float | None = None,
         height: int | None = None,
         width: int | None = None,
+        negative_prompt: str | None = None,
+        true_cfg_scale: float | None = None,
     ) -> np.ndarray:
         """Generate one image per condition (labels or prompts), image i from the noise of seeds[i].
+
+        ``negative_prompt`` belongs to prompt models, ``true_cfg_scale`` to those that evaluate the two branches of
+        guidance one after the other.
 
         Returns:
             Images, float32 [N, H, W, C] in [0, 1].
@@ -144,6 +167,10 @@ class LoadedPipeline:
             toy = self.name == f"{TOY}-{self.model_type}"
             size = SIZE if toy else None
             arguments |= {"prompt": conditions, "height": height or size, "width": width or size}
+            if negative_prompt is not None:
+                arguments["negative_prompt"] = [negative_prompt] * len(conditions)
+            if true_cfg_scale is not None:
+                arguments["true_cfg_scale"] = true_cfg_scale
             if toy:
                 arguments |= self.spec.toy_arguments
         return np.asarray(self.pipeline(**arguments).images, dtype=np.float32)
@@ -168,19 +195,36 @@ def load_pipeline(
     spec = MODEL_TYPES[model_type]
     device = device or torch.device("cpu")
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    source = model or (str(spec.default()) if callable(spec.default) else spec.default or TOY)
+    source = source_of(model_type, model)
     if source == TOY:
-        if spec.toy is None:
-            raise ValueError(f"there is no toy model of type {model_type!r}; name a folder or a hub id")
+        assert spec.toy is not None
         return _ready(LoadedPipeline(spec.toy(), model_type, f"{TOY}-{model_type}", dtype), device)
     try:
         pipeline = _class_of(source, spec).from_pretrained(source, use_safetensors=True, **{DTYPE: dtype})
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        known = " or ".join(each.__name__ for each in spec.pipeline_classes)
-        raise ValueError(f"cannot load {source!r} as {known}: {reason}") from error
+        raise unloadable(source, spec, error) from error
     name = model_type if model is None and callable(spec.default) else source
     return _ready(LoadedPipeline(pipeline, model_type, name, dtype), device)
+
+
+def source_of(model_type: str, model: str | None) -> str:
+    """The folder or hub id that is loaded, or `TOY`.
+
+    Raises:
+        ValueError: A toy was asked for, and there is none.
+    """
+    spec = MODEL_TYPES[model_type]
+    source = model or (str(spec.default()) if callable(spec.default) else spec.default or TOY)
+    if source == TOY and spec.toy is None:
+        raise ValueError(f"there is no toy model of type {model_type!r}; name a folder or a hub id")
+    return source
+
+
+def unloadable(source: str, spec: ModelType, error: Exception) -> ValueError:
+    """What to raise where nothing can be loaded from there, in one line."""
+    reason = str(error).strip().splitlines()[0]
+    known = " or ".join(each.__name__ for each in spec.pipeline_classes)
+    return ValueError(f"cannot load {source!r} as {known}: {reason}")
 
 
 def _class_of(source: str, spec: ModelType) -> type[DiffusionPipeline]:

@@ -123,7 +123,8 @@ class xFuserPipeline:  # noqa: N801 (xDiT's way of naming)
                     f"the pipeline is on {self.pipeline.device}, this process computes on {mesh.device}; call "
                     ".to(device) first"
                 )
-            self._parallel = parallelize(self.pipeline, mesh, **self._settings)
+            compiled = self.engine_config.runtime_config.use_torch_compile
+            self._parallel = parallelize(self.pipeline, mesh, use_torch_compile=compiled, **self._settings)
         return self._parallel
 
     def to(self, *args: Any, **keywords: Any) -> Self:

@@ -78,5 +78,3 @@ def check_runtime(engine_config: EngineConfig) -> None:
                 f"runtime_config.{name}={getattr(runtime, name)}: create_config() settled it; set it in xFuserArgs, or "
                 f"give --{name}"
             )
-    if runtime.use_torch_compile:
-        raise ValueError("runtime_config.use_torch_compile=True is not supported; leave it out")

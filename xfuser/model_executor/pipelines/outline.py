@@ -1,0 +1,75 @@
+"""What a model's configuration says of its size, read before any weight is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from diffusers import AutoencoderKL
+
+from xfuser.config import ParallelConfig
+from xfuser.model_executor.adapters import DECLARATIONS
+from xfuser.model_executor.pipelines.loading import MODEL_TYPES, TOY, source_of, unloadable
+from xfuser.model_executor.pipelines.toy_parts import SIZE
+
+
+@dataclass(frozen=True)
+class Outline:
+    """Attention heads, blocks, rows of the latents and image tokens of one image."""
+
+    heads: int
+    blocks: int
+    latent_rows: int
+    tokens: int
+
+    def check(self, parallel: ParallelConfig) -> None:
+        """Refuse degrees that do not fit the model (ValueError)."""
+        parallel.check_model(self.heads, self.blocks)
+        parallel.check_tokens(self.tokens)
+        if parallel.use_parallel_vae and parallel.image_degree > self.latent_rows:
+            raise ValueError(
+                f"--use_parallel_vae: {parallel.image_degree} ranks share an image of {self.latent_rows} rows of "
+                "latents; leave it out"
+            )
+
+
+def outline(model_type: str, model: str | None = None, height: int | None = None, width: int | None = None) -> Outline:
+    """The outline of what `load_pipeline` would load, for images of this size.
+
+    Raises:
+        ValueError: The model's configuration cannot be read.
+    """
+    spec = MODEL_TYPES[model_type]
+    source = source_of(model_type, model)
+    transformer: Mapping[str, Any]
+    if source == TOY:
+        assert spec.toy is not None
+        toy = spec.toy()
+        transformer, autoencoder, size = toy.transformer.config, toy.vae.config, SIZE
+    else:
+        try:
+            transformer = AutoencoderKL.load_config(source, subfolder="transformer")  # any model's does
+            autoencoder = AutoencoderKL.load_config(source, subfolder="vae")
+        except (OSError, ValueError, KeyError) as error:
+            raise unloadable(source, spec, error) from error
+        size = None
+        if transformer.get("_class_name") != spec.transformer_class:
+            raise ValueError(
+                f"{source!r} has a {transformer.get('_class_name')}; --model_type {model_type} wants a "
+                f"{spec.transformer_class}"
+            )
+    shrink = 2 ** (len(autoencoder["block_out_channels"]) - 1)
+    declaration = DECLARATIONS[spec.transformer_class]
+    side = transformer.get("sample_size") or 128
+    rows = (height or size or side * shrink) // shrink
+    columns = (width or size or side * shrink) // shrink
+    if spec.conditioned_on == "label":
+        rows = columns = side
+    patch = transformer.get("patch_size", 1) * declaration.packs
+    return Outline(
+        transformer["num_attention_heads"],
+        sum(transformer.get(name) or 0 for name in declaration.layer_counts),
+        rows,
+        (rows // patch) * (columns // patch),
+    )
