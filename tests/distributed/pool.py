@@ -93,6 +93,12 @@ def build_small_dit() -> LoadedPipeline:
     return LoadedPipeline(pipeline, "dit", SMALL, torch.float32)
 
 
+@cache
+def mesh_of(config: ParallelConfig) -> ParallelMesh:
+    """Groups are never given back, and take their time to make."""
+    return ParallelMesh(config, CPU)
+
+
 def generate(job: Job, of: LoadedPipeline) -> np.ndarray:
     """The job's images, float [N, H, W, C], with whatever is attached."""
     seeds = [job.seed + index for index in range(job.images)]
@@ -125,7 +131,7 @@ def run(job: Job, prepare: Callable[[ParallelPipeline], None] | None = None) -> 
         of.pipeline.transformer = copy.deepcopy(whole)
     spread = None
     try:
-        spread = parallelize(of.pipeline, ParallelMesh(config, CPU), **job.cache)
+        spread = parallelize(of.pipeline, mesh_of(config), **job.cache)
         if prepare is not None:
             prepare(spread)
         images = generate(job, of)
