@@ -32,7 +32,6 @@ def command_line(folder: Path, family: str, prompts: tuple[str, ...], name: str,
     results = folder / name
     results.mkdir(parents=True)
     model = folder / ("pixart" if family == "pixart" else "flux")
-    # A name with spaces would be a prompt with them, and argparse takes that for one all the same.
     return [
         *("--family", family, "--results", str(results), "--model", str(model), "--height", "64", "--width", "64"),
         *("--max_sequence_length", "64", "--num_inference_steps", str(STEPS), "--no_use_resolution_binning"),

@@ -23,6 +23,7 @@ from xfuser.model_executor.pipelines.toy_flux import build_toy_flux
 
 SIZE = {"height": 64, "width": 64, "max_sequence_length": 64}
 CALL = SIZE | {"num_inference_steps": 4, "output_type": "np"}
+ADACORRECTION = {"use_cache": "Tea", "enable_adacorrection": True, "adacorr_budget": 0.5}
 PROMPTS = ["a red cube", "two birds", "an old map"]
 
 
@@ -240,21 +241,21 @@ def test_a_script_draws_what_diffusers_draws(folder: Path) -> None:
     assert pipe.is_dp_last_group()
 
 
-@pytest.mark.parametrize("method", [{"use_teacache": True}, {"use_cache": "Fast", "enable_adacorrection": True}])
+@pytest.mark.parametrize("method", [{"use_teacache": True}, ADACORRECTION])
 @pytest.mark.parametrize("calibration", [{}, {"calibration": "first"}])
 def test_a_warm_up_leaves_nothing_behind(method: dict[str, Any], calibration: dict[str, Any]) -> None:
-    arguments = InputConfig(**SIZE, num_inference_steps=4, output_type="np", prompt="")
+    arguments = InputConfig(**SIZE, num_inference_steps=8, output_type="np", prompt="")
     images, hits = [], []
     for warm in (False, True):
         pipe = toy(method | calibration)
         if warm:
-            pipe.prepare_run(arguments, steps=4)
+            pipe.prepare_run(arguments, steps=8)
             assert pipe.parallel.summary()["steps"] == 0
             assert pipe.parallel.placement.warmup_steps == 1
-        images += [drawn(pipe), drawn(pipe)]
+        images += [drawn(pipe, num_inference_steps=8) for _ in range(2)]
         hits.append(pipe.parallel.summary()["hit_rate"])
     assert np.array_equal(images[0], images[2]) and np.array_equal(images[1], images[3])
-    assert hits[0] == hits[1]
+    assert hits[0] == hits[1] > 0
 
 
 def test_attributes_are_the_pipelines_own() -> None:
