@@ -147,4 +147,5 @@ def _quantile(elements: int, significance: float) -> float:
 
 
 def _square(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(tensor, dtype=torch.float32).square()
+    # Token by token first: see `base._absolute_sum`.
+    return torch.linalg.vector_norm(tensor, dim=-1, dtype=torch.float32).square().sum(dtype=torch.float64).float()
