@@ -212,14 +212,17 @@ def check_model(args: argparse.Namespace, parallel: ParallelConfig) -> None:
 def load_and_request(args: argparse.Namespace) -> tuple[Any, Any]:
     """The pipeline, and what it is to generate."""
     import torch
+    from diffusers.utils.logging import disable_progress_bar
 
-    from xfuser.core.distributed.environment import choose_device
+    from xfuser.core.distributed.environment import choose_device, rank
     from xfuser.model_executor.pipelines import load_pipeline
     from xfuser.model_executor.pipelines.generate import Generation
 
     device = choose_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
+    if rank() > 0:
+        disable_progress_bar()
     loaded = load_pipeline(args.model_type, args.model, device)
     labelled = loaded.spec.conditioned_on == "label"
     conditions = class_numbers(args.class_label, loaded) if labelled else args.prompt

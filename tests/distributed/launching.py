@@ -34,16 +34,16 @@ def environment(**more: str) -> dict[str, str]:
     return clean | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"} | more
 
 
-def run(*arguments: str | Path, limit: float = 120, **more: str) -> Ended:
+def run(*arguments: str | Path, limit: float = 300, **more: str) -> Ended:
     """Python with these arguments, to its end."""
     return wait([start(*arguments, **more)], limit)[0]
 
 
-def torchrun(processes: int, *arguments: str | Path, limit: float = 120) -> Ended:
+def torchrun(processes: int, *arguments: str | Path, limit: float = 300) -> Ended:
     return run("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *arguments, limit=limit)
 
 
-def by_hand(processes: int, *arguments: str | Path, limit: float = 120, awaited: int | None = None) -> list[Ended]:
+def by_hand(processes: int, *arguments: str | Path, limit: float = 300, awaited: int | None = None) -> list[Ended]:
     """The processes of a job without a launcher that looks after them; only the first ``awaited`` need to end."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))

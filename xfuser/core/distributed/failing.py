@@ -52,8 +52,8 @@ def one_line(error: BaseException) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """What a communication library says of a lost peer, without the place in its source."""
-    line = one_line(error)
+    """What a communication library says of a lost peer, without the place in its source and its advice."""
+    line = one_line(error).split(". This is typically", 1)[0]
     return line.split("] ", 1)[1] if line.startswith("[") and "] " in line else line
 
 
