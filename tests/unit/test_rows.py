@@ -139,7 +139,7 @@ def test_an_unknown_name_lists_the_known_ones(name: str) -> None:
 
 def test_the_command_lines_defaults() -> None:
     args = cli.build_parser().parse_args(["generate"])
-    assert (args.model_type, args.use_cache, args.seed, args.num_inference_steps) == ("tiny-dit", "None", 42, 50)
+    assert (args.model_type, cli.cache_method(args), args.seed, args.num_inference_steps) == ("tiny-dit", None, 42, 50)
     assert args.rel_l1_thresh is None and args.enable_adacorrection is False
     assert args.run is cli.run_generate
 
