@@ -14,7 +14,7 @@ from xfuser.config import CacheConfig, ParallelConfig
 from xfuser.config.cache import FIRST
 from xfuser.core.attention import AttentionContext
 from xfuser.core.distributed.clock import Clock
-from xfuser.core.distributed.environment import waiter
+from xfuser.core.distributed.environment import join_processes, waiter
 from xfuser.core.distributed.mesh import ParallelMesh
 from xfuser.core.distributed.statistics import SumExchange
 from xfuser.model_executor.adapters import BoundArguments, ModelDeclaration, declaration_of
@@ -206,7 +206,7 @@ def parallelize(
 
     Args:
         pipeline: A diffusers pipeline with a supported transformer, on this process's device.
-        mesh: This process's place among all.
+        mesh: This process's place among all, or the degrees: then it meets torchrun's other processes first.
         use_cache: The base method, as for `apply_cache_on_pipeline`.
         timed: Whether the clock waits for the device, so that it is true on an accelerator.
         use_torch_compile: Compile every block's own forward; decisions stay outside.
@@ -220,6 +220,7 @@ def parallelize(
     if getattr(pipeline, "transformer", None) is None:
         raise TypeError(f"{type(pipeline).__name__} has no transformer; parallel inference needs a pipeline with one")
     if isinstance(mesh, ParallelConfig):
+        join_processes(pipeline.device)
         mesh = ParallelMesh(mesh, pipeline.device)
     return ParallelPipeline(pipeline, mesh, config, timed, use_torch_compile)
 
