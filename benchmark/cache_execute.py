@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,9 @@ def execute(args: argparse.Namespace, console: Console) -> dict[str, Any] | None
     check_output_folder(args.output_dir)
     rows, sweep = rows_to_run(args)
     parallel = parallel_config(args)
+    if parallel.pipefusion_parallel_degree > 1 and parallel.pipefusion_max_lag is None:
+        # Else the uncached row alone would read old keys and values, and all others be measured against that.
+        parallel = replace(parallel, pipefusion_max_lag=0)
     check_parallel(args, parallel, rows)
     if parallel.world_size > 1 and not launched():
         raise SystemExit(start_processes(parallel.world_size, sys.argv[1:], Path(__file__).resolve()))
