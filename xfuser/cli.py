@@ -84,8 +84,8 @@ def add_condition_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_generate(args: argparse.Namespace) -> None:
     from xfuser.config import CacheConfig
-    from xfuser.core.distributed.environment import choose_device, join_processes, launched, leave_processes, world_size
-    from xfuser.core.distributed.failing import begin_together, end, watch
+    from xfuser.core.distributed.environment import choose_device, join_processes, launched, world_size
+    from xfuser.core.distributed.failing import begin_together, end, finish, watch
     from xfuser.core.distributed.launch import start_processes
     from xfuser.core.distributed.mesh import ParallelMesh
     from xfuser.model_executor.parallel import check_combination, parallelize
@@ -129,7 +129,7 @@ def run_generate(args: argparse.Namespace) -> None:
         end(f"xdit {args.command}", error)
     if document is not None:
         print_summary(document, args.output_dir)
-    leave_processes()
+    finish()
 
 
 def run_calibrate(args: argparse.Namespace) -> None:

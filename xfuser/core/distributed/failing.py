@@ -139,6 +139,16 @@ def end(command: str, error: BaseException) -> NoReturn:
     _leave(1, joined)
 
 
+def finish() -> None:
+    """Leave a job of several processes whose work is done; a process that is alone goes on.
+
+    Python's own ending was seen to abort, seldom, while threads of the communication library were still there.
+    """
+    if dist.is_initialized():
+        dist.barrier()
+        _leave(0, True)
+
+
 def _leave(code: int, joined: bool) -> NoReturn:
     if not joined:
         raise SystemExit(code)
