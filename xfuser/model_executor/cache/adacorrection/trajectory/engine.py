@@ -1,0 +1,422 @@
+"""What the user holds: attached to a pipeline, it learns once and then evaluates the denoiser where that pays."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from xfuser.core.distributed.environment import synchronize
+from xfuser.model_executor.cache.adacorrection.trajectory.branches import HalfBatch
+from xfuser.model_executor.cache.adacorrection.trajectory.calibration import Calibration, Store
+from xfuser.model_executor.cache.adacorrection.trajectory.fingerprint import (
+    describe_denoiser,
+    describe_scheduler,
+    difference,
+    fingerprint,
+)
+from xfuser.model_executor.cache.adacorrection.trajectory.generation import Generation, prev_sample_of
+from xfuser.model_executor.cache.adacorrection.trajectory.goals import Goal
+from xfuser.model_executor.cache.adacorrection.trajectory.learning import Finer, Learner, RandomState
+from xfuser.model_executor.cache.adacorrection.trajectory.recording import Recording
+from xfuser.model_executor.cache.adacorrection.trajectory.settings import AUTO, TrajectoryConfig
+from xfuser.model_executor.cache.adacorrection.trajectory.wrapping import CallWrapper, is_wrapped
+from xfuser.model_executor.cache.attach import Replacement, is_attached
+
+logger = logging.getLogger(__name__)
+
+# What a pipeline calls besides its denoisers; whatever else is a module is taken for one of them.
+NOT_DENOISERS = (
+    *("vae", "vqvae", "vqgan", "movq", "autoencoder", "text", "image", "safety", "vocoder", "projection", "feature"),
+    *("watermark", "tokenizer", "language", "clip", "connectors", "transcoder", "bert", "latent_upsampler"),
+)
+
+
+class TrajectoryEngine:
+    """Evaluates the denoiser at some steps only, and corrects the latent at every step. Made by `attach_trajectory`.
+
+    Args:
+        pipeline: A diffusers pipeline with a denoiser and a scheduler.
+        config: The settings.
+        agree: Makes all ranks that share an image take the first one's object; by default there is one process.
+        stores: Whether this process writes calibrations.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        config: TrajectoryConfig,
+        agree: Callable[[Any], Any] | None = None,
+        stores: bool = True,
+        apart: bool = True,
+    ) -> None:
+        self.pipeline, self.config = pipeline, config
+        self.store = Store(config.store)
+        self.goal = Goal(config)
+        self.generation: Generation | None = None
+        self.calibration: Calibration | None = None
+        self._agree = agree or (lambda value: value)
+        self._stores = stores
+        self._apart = apart
+        self._given = None if config.calibration == AUTO else Calibration.load(Path(config.calibration))
+        self._known: dict[str, Calibration] = {}
+        self._learner = Learner(self)
+        self._half_batches: dict[int, HalfBatch] = {}
+        self._calls: list[CallWrapper] = []
+        self._scheduler: Any = None
+        self._scheduler_replacements: list[Replacement] = []
+        self._inside = False
+        self._summary: dict[str, Any] = {}
+        self._said: set[str] = set()
+        self._refused: ValueError | None = None
+        self._observer: Finer | None = None
+        self._weights: dict[str, dict[str, Any]] = {}
+        self.generations = self.learned_generations = 0
+        self._attach()
+
+    # -- the public calls ---------------------------------------------------------------------------------------------
+
+    def summary(self) -> dict[str, Any]:
+        """Tell in plain types what was asked, predicted and got, and how the last generation went."""
+        return {
+            "method": "trajectory",
+            "adacorrection": "trajectory",
+            "asked": self.goal.asked(),
+            "generations": self.generations,
+            "learned_generations": self.learned_generations,
+            "calibrated": self.calibration is not None,
+            **self._summary,
+        }
+
+    def reset(self) -> None:
+        """Forget the generation that runs and all that was counted; what was learned stays."""
+        self.generation = None
+        self._summary = {}
+        self.generations = self.learned_generations = 0
+
+    def remove(self) -> None:
+        """Take the engine off again: every attribute and class is what it was before."""
+        while self._calls:
+            self._calls.pop().undo()
+        self._leave_scheduler()
+        if self.generation is not None:
+            self.generation.forget()
+
+    def learn_from(
+        self,
+        calls: Sequence[dict[str, Any]],
+        evaluations: Sequence[float] = (),
+        progress: Callable[[], None] = lambda: None,
+    ) -> Calibration:
+        """Learn from several calls of the pipeline in turn, and choose between placements on them.
+
+        Args:
+            calls: Keyword arguments of the pipeline's call, one dict a batch.
+            evaluations: Budgets (shares of all evaluations) to learn besides the one that the goal asks for.
+            progress: Called after each generation.
+
+        Raises:
+            ValueError: Nothing can be learned from them; the line says why.
+        """
+        return self._learner.learn_from(calls, evaluations, progress)
+
+    # -- attaching ----------------------------------------------------------------------------------------------------
+
+    def _attach(self) -> None:
+        names = denoiser_names(self.pipeline)
+        self._calls.append(CallWrapper(self.pipeline, self._run_pipeline))
+        for name in names:
+            self._calls.append(CallWrapper(getattr(self.pipeline, name), self._run_denoiser))
+        self._follow_scheduler()
+
+    def _follow(self) -> None:
+        """Attach to what the pipeline has now: its scheduler or a denoiser may have been assigned anew."""
+        if self.pipeline.scheduler is not self._scheduler:
+            self._follow_scheduler()
+        present = {id(getattr(self.pipeline, name)): getattr(self.pipeline, name) for name in self.denoisers()}
+        attached = {id(wrapper.owner) for wrapper in self._calls[1:]}
+        if attached != set(present):
+            for wrapper in self._calls[1:]:
+                wrapper.undo()
+            del self._calls[1:]
+            self._calls += [CallWrapper(module, self._run_denoiser) for module in present.values()]
+            self._half_batches.clear()
+
+    def _follow_scheduler(self) -> None:
+        self._leave_scheduler()
+        self._scheduler = scheduler = self.pipeline.scheduler
+        self._scheduler_replacements = [
+            Replacement(scheduler, "set_timesteps", self._wrap_set_timesteps),
+            Replacement(scheduler, "step", self._wrap_step),
+        ]
+
+    def _leave_scheduler(self) -> None:
+        while self._scheduler_replacements:
+            self._scheduler_replacements.pop().undo()
+        self._scheduler = None
+
+    def denoisers(self) -> list[str]:
+        """Name the pipeline's denoisers."""
+        return denoiser_names(self.pipeline)
+
+    # -- what the pipeline calls --------------------------------------------------------------------------------------
+
+    def _run_pipeline(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._inside:
+            return original(*args, **kwargs)
+        if self._refused is not None:
+            raise self._refused
+        self._follow()
+        self._weights = {name: describe_denoiser(getattr(self.pipeline, name)) for name in self.denoisers()}
+        random = RandomState.of(self.pipeline, args, kwargs)
+        self._inside = True
+        self.generation = None
+        try:
+            result = original(*args, **kwargs)
+            generation = self.generation
+            if generation is not None:
+                if generation.recording is not None:
+                    self._finish_recording(generation, original, args, kwargs, random, result)
+                self._count(generation)
+            return result
+        finally:
+            self._inside = False
+            if self.generation is not None:
+                self.generation.forget()
+                self.generation = None
+
+    def _run_denoiser(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        generation = self.generation
+        return original(*args, **kwargs) if generation is None else generation.call(original, args, kwargs)
+
+    def _wrap_set_timesteps(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def set_timesteps(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            if self._inside and self._observer is None:
+                self.start_generation()
+            return result
+
+        return set_timesteps
+
+    def start_generation(self) -> Generation:
+        """Begin to follow a generation."""
+        device = getattr(self.pipeline, "_execution_device", None) or torch.device("cpu")
+        half_batch = self._half_batches.setdefault(0, HalfBatch())
+        self.generation = Generation(lambda: synchronize(torch.device(device)), half_batch)
+        self._learner.prepare(self.generation)
+        return self.generation
+
+    def _wrap_step(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        names = list(inspect.signature(original).parameters)[:3]
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            generation = self.generation
+            if generation is None and self._observer is None:
+                return original(*args, **kwargs)
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            three = [given.pop(name) for name in names]
+            rest = args[3:]
+
+            def call(output: Any, timestep: Any, sample: Any, *others: Any, **keywords: Any) -> Any:
+                return original(output, timestep, sample, *others, **keywords)
+
+            if self._observer is not None or generation is None:
+                result = original(*args, **kwargs)
+                if self._observer is not None:
+                    self._observer.see(three[2], prev_sample_of(result))
+                return result
+            keywords = {name: value for name, value in given.items() if name not in names}
+            return generation.end_step(call, *three, rest, keywords, self._decide)
+
+        return step
+
+    # -- deciding -----------------------------------------------------------------------------------------------------
+
+    def key_of(self, generation: Generation) -> tuple[str, dict[str, Any]]:
+        """Make the fingerprint of a generation whose first step has been evaluated."""
+        assert generation.layout is not None
+        scheduler = describe_scheduler(self.pipeline.scheduler, round(generation.timesteps[0], 3))
+        return fingerprint(self._weights, scheduler, generation.layout, self.config.calibration_reference)
+
+    @property
+    def may_part(self) -> bool:
+        """Whether one branch of guidance may be evaluated without the other."""
+        return self._apart
+
+    def refuse(self, error: ValueError) -> None:
+        """Say that the goal cannot be reached, and refuse the calls that follow."""
+        self._refused = error
+        self._say(str(error))
+
+    def _decide(self, generation: Generation) -> None:
+        """At the end of a first step: apply what is known, or record."""
+        if self._learner.takes(generation):
+            return
+        key, document = self.key_of(generation)
+        found = self._agree(self._find(key, document))
+        self.calibration = found
+        wanted = self.config.calibration_images
+        if found is not None and self._given is None:
+            unlearned = self.goal.choose(found) is None
+            found = None if unlearned or found.images < wanted else found
+        if found is None:
+            assert generation.layout is not None
+            generation.recording = Recording(generation.layout)
+            if not self.config.replay:
+                generation.keep_raw()
+            return
+        self._known[key] = found
+        self._apply(generation, found)
+
+    def _apply(self, generation: Generation, found: Calibration) -> None:
+        learned = self.goal.choose(found)
+        if learned is None or learned.plan.is_full:
+            return
+        layout = generation.layout
+        assert layout is not None
+        if len(layout.places) == 2:
+            generation.layout = layout if layout.places == found.places else layout.swapped()
+        if found.half_names is not None:
+            self._half_batches[0].names = frozenset(found.half_names)
+        generation.plan, generation.weights = learned.plan, learned.weights
+
+    def _find(self, key: str, document: dict[str, Any]) -> Calibration | None:
+        if self._given is not None:
+            if self._given.key != key:
+                raise ValueError(
+                    f"calibration: it was made with {difference(document, self._given.fingerprint)}; run "
+                    "`xdit calibrate` again, or use calibration='auto'"
+                )
+            return self._given
+        return self._known.get(key) or self.store.find(key)
+
+    def _finish_recording(
+        self,
+        generation: Generation,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        random: RandomState,
+        result: Any,
+    ) -> None:
+        problem = self._learner.unusable(generation)
+        if problem is not None:
+            self._say(f"nothing is learned from this generation: {problem}; it was evaluated in full")
+            return
+        learned = self._learner.learn(generation, original, args, kwargs, random, result)
+        self._known[learned.key] = self.calibration = learned
+        self.learned_generations += 1
+        if self._stores:
+            self.store.keep(learned)
+
+    def agree(self, value: Any) -> Any:
+        """Take the first rank's object."""
+        return self._agree(value)
+
+    def _say(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            logger.warning("trajectory: %s", text)
+
+    # -- counting -----------------------------------------------------------------------------------------------------
+
+    def _count(self, generation: Generation) -> None:
+        self.generations += 1
+        calibration = self.calibration
+        plan = generation.evaluated
+        steps = max(len(plan), 1)
+        share = sum(plan) / (2 * steps)
+        learned = self.goal.choose(calibration) if calibration is not None and generation.plan is not None else None
+        self._summary = {
+            "steps": len(plan),
+            "plan": plan,
+            "strip": learned.plan.strip() if learned else "█" * len(plan),
+            "evaluated_steps": sum(kind > 0 for kind in plan),
+            "evaluated_share": share,
+            "hit_rate": 1 - share,
+            "flops_saved": 1 - share,
+            "denoiser_calls": generation.denoiser_calls,
+            "plan_digest": learned.plan.digest if learned else None,
+            "memory_bytes": generation.memory_bytes(),
+            "non_finite": generation.corrections_dropped(),
+            "loop_seconds": generation.seconds,
+            "predicted": self.goal.predicted(calibration, learned),
+            "got": self.goal.got(calibration, generation.seconds, share, generation.batch),
+            "images_known": 0 if calibration is None else calibration.images,
+            "guard": None,
+            "not_learned_because": generation.broken,
+            "reference": self.config.calibration_reference,
+        }
+
+
+def denoiser_names(pipeline: Any) -> list[str]:
+    """Name what a pipeline evaluates at every step: its modules that are no encoder, decoder or checker."""
+    modules = [name for name, each in pipeline.components.items() if isinstance(each, nn.Module)]
+    return [name for name in modules if not any(part in name for part in NOT_DENOISERS)]
+
+
+def check_pipeline(pipeline: Any) -> None:
+    """Refuse a pipeline that cannot be followed, before anything is changed.
+
+    Raises:
+        TypeError: It has no denoiser, no scheduler, several schedulers, or steps by hand.
+        ValueError: A cache is attached to it already.
+    """
+    name = type(pipeline).__name__
+    components = getattr(pipeline, "components", None)
+    if not isinstance(components, dict) or not denoiser_names(pipeline):
+        raise TypeError(f"{name} has no denoiser (transformer or unet); caching needs a pipeline with one")
+    schedulers = [key for key, each in components.items() if hasattr(each, "set_timesteps")]
+    if schedulers != ["scheduler"] or not hasattr(components["scheduler"], "step"):
+        found = ", ".join(schedulers) or "none"
+        raise TypeError(f"{name}: a cache follows one scheduler named 'scheduler'; this pipeline has {found}")
+    if is_wrapped(pipeline) or any(is_wrapped(components[each]) for each in denoiser_names(pipeline)):
+        raise ValueError(f"this {name} has a cache attached already; call remove() on its engine first")
+    if is_attached(components["scheduler"], "step"):
+        raise ValueError(
+            "this scheduler belongs to a pipeline with a cache attached; call remove() on its engine first"
+        )
+    try:
+        source = inspect.getsource(type(pipeline).__call__)
+    except (OSError, TypeError):
+        return
+    if "scheduler" not in source or ".step(" not in source:
+        inner = [each for each in ("self.decoder_pipe", "self.prior_pipe") if each in source]
+        which = f"; attach to {' or '.join(part.removeprefix('self.') for part in inner)}" if inner else ""
+        raise TypeError(f"{name} does not step its scheduler in its own call, so nothing can be skipped{which}")
+    if "copy.deepcopy(self.scheduler)" in source or "audio_scheduler" in source:
+        raise TypeError(f"{name} steps two latents with two schedulers; a cache can follow one")
+
+
+def attach_trajectory(
+    pipeline: Any,
+    agree: Callable[[Any], Any] | None = None,
+    stores: bool = True,
+    apart: bool = True,
+    **settings: Any,
+) -> TrajectoryEngine:
+    """Attach AdaCorrection on the trajectory to any diffusers pipeline with a denoiser and a scheduler.
+
+    Args:
+        pipeline: The pipeline.
+        agree: Makes all ranks that share an image take the first one's object.
+        stores: Whether this process writes calibrations.
+        apart: Whether one branch of guidance may be evaluated without the other.
+        **settings: The fields of `TrajectoryConfig`.
+
+    Raises:
+        TypeError: Unknown setting, or a pipeline that cannot be followed. Nothing has been changed then.
+        ValueError: A value out of its range, a calibration that cannot be read, or a cache is attached already.
+    """
+    known = list(TrajectoryConfig.__dataclass_fields__)
+    unknown = sorted(set(settings) - set(known))
+    if unknown:
+        raise TypeError(f"unknown setting {', '.join(unknown)} for the trajectory; known are {', '.join(known)}")
+    config = TrajectoryConfig(**settings)
+    check_pipeline(pipeline)
+    return TrajectoryEngine(pipeline, config, agree, stores, apart)

@@ -1,0 +1,108 @@
+"""What a calibration belongs to: the denoisers' weights, the scheduler and its grid of steps, and the step's form."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from xfuser.model_executor.cache.adacorrection.trajectory.layout import Layout
+
+SAMPLED = 4  # entries of every parameter
+DIGITS = 3  # half precision keeps so many
+
+
+def describe_denoiser(module: nn.Module) -> dict[str, Any]:
+    """Name a denoiser's class, configuration and weights, LoRA merged or active among them."""
+    module = getattr(module, "_orig_mod", module)
+    config = {key: _plain(value) for key, value in dict(getattr(module, "config", {}) or {}).items()}
+    config = {key: value for key, value in config.items() if not key.startswith("_")}
+    return {"class": type(module).__name__, "config": _digest(config), "weights": weights_digest(module)}
+
+
+def weights_digest(module: nn.Module) -> str:
+    """Hash a sample of a module's weights, and the state of its adapters.
+
+    Parameters that hold no values here (on the meta device, as sequential offloading leaves them) count by name and
+    shape alone.
+    """
+    digest = hashlib.sha256()
+    samples: list[torch.Tensor] = []
+    for name, parameter in module.named_parameters():
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        if parameter.device.type == "meta" or parameter.numel() == 0:
+            continue
+        flat = parameter.detach().reshape(-1)
+        stride = max(1, flat.numel() // SAMPLED)
+        samples.append(flat[stride // 2 :: stride][:SAMPLED].to(torch.float32))
+    for values in _moved(samples):
+        digest.update(" ".join(f"{value:.{DIGITS}g}" for value in values).encode())
+    for name, child in module.named_modules():
+        if hasattr(child, "scaling") and hasattr(child, "active_adapters"):
+            state = (child.active_adapters, child.scaling, child.merged, child.disable_adapters)
+            digest.update(f"{name}{state}".encode())
+    return digest.hexdigest()
+
+
+def _moved(samples: list[torch.Tensor]) -> Iterable[list[float]]:
+    # One transfer a device, not one a parameter.
+    for device in dict.fromkeys(sample.device for sample in samples):
+        yield torch.cat([sample for sample in samples if sample.device == device]).cpu().tolist()
+
+
+def describe_scheduler(scheduler: Any, first: float | None) -> dict[str, Any]:
+    """Name a scheduler's class, configuration, timesteps and sigmas, and the timestep that begins."""
+    config = {key: _plain(value) for key, value in dict(scheduler.config).items() if not key.startswith("_")}
+    grid = {}
+    for name in ("timesteps", "sigmas"):
+        values = getattr(scheduler, name, None)
+        if isinstance(values, torch.Tensor):
+            grid[name] = [float(f"{value:.6g}") for value in values.flatten().tolist()]
+    return {
+        "class": type(scheduler).__name__,
+        "config": _digest(config),
+        "grid": _digest(grid),
+        "num_timesteps": len(grid.get("timesteps", [])),
+        "first": first,
+    }
+
+
+def fingerprint(
+    denoisers: dict[str, dict[str, Any]], scheduler: dict[str, Any], layout: Layout, reference: str | None
+) -> tuple[str, dict[str, Any]]:
+    """Make the key of a calibration, and what it stands for."""
+    document = {
+        "denoisers": denoisers,
+        "scheduler": scheduler,
+        "calls": layout.calls,
+        "guidance": len(layout.places) == 2,
+        "halves": layout.halves,
+        "reference": reference,
+    }
+    return _digest(document), document
+
+
+def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+    """Say in which respect two fingerprints differ first."""
+    if ours["scheduler"] != theirs["scheduler"]:
+        if ours["scheduler"]["class"] != theirs["scheduler"]["class"]:
+            return f"scheduler {theirs['scheduler']['class']}, this is {ours['scheduler']['class']}"
+        counts = theirs["scheduler"]["num_timesteps"], ours["scheduler"]["num_timesteps"]
+        return f"{counts[0]} timesteps, this has {counts[1]}" if counts[0] != counts[1] else "other scheduler settings"
+    if ours["denoisers"] != theirs["denoisers"]:
+        return "another denoiser, or other weights of it"
+    if ours["guidance"] != theirs["guidance"]:
+        return "guidance on" if theirs["guidance"] else "guidance off"
+    return "another form of step"
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def _digest(document: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True, default=str).encode()).hexdigest()

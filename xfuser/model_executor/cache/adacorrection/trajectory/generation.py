@@ -1,0 +1,307 @@
+"""One generation: which step this is, what it evaluates, and what is added to its latent."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from xfuser.model_executor.cache.adacorrection.trajectory.branches import (
+    Branch,
+    HalfBatch,
+    Slot,
+    sample_of,
+    with_sample,
+)
+from xfuser.model_executor.cache.adacorrection.trajectory.layout import Layout, beside, find_layout
+from xfuser.model_executor.cache.adacorrection.trajectory.plan import FULL, SKIP, Plan
+from xfuser.model_executor.cache.adacorrection.trajectory.recording import Recording
+from xfuser.model_executor.cache.adacorrection.trajectory.weights import NormalEquations, difference_basis
+
+
+@dataclass
+class Fit:
+    """What a replay learns: its weights step by step, from the equations of this generation and of those before."""
+
+    reference: list[torch.Tensor]
+    known: list[NormalEquations]
+    equations: list[NormalEquations]
+    weights: list[torch.Tensor]
+    shrinkage: list[float]
+    raw: list[list[torch.Tensor]] | None = None
+
+    @classmethod
+    def of(
+        cls, reference: list[torch.Tensor], known: list[NormalEquations], raw: list[list[torch.Tensor]] | None = None
+    ) -> Fit:
+        return cls(reference, known, [], [], [], raw)
+
+
+class Generation:
+    """Follows one generation from the scheduler's ``set_timesteps`` to its last ``step``.
+
+    Attributes:
+        step: Index of the step that runs.
+        plan: What is evaluated; ``None`` evaluates everything.
+        layout: The form of a step, known from the end of the first one.
+        evaluated: What each finished step evaluated: a plan's kinds.
+        recording: Where this generation is recorded.
+        fit: Where it is a replay.
+        broken: Why nothing is skipped or learned any more.
+    """
+
+    def __init__(self, synchronize: Callable[[], None], half_batch: HalfBatch) -> None:
+        self.step = 0
+        self.plan: Plan | None = None
+        self.weights: list[torch.Tensor] | None = None
+        self.layout: Layout | None = None
+        self.evaluated: list[int] = []
+        self.recording: Recording | None = None
+        self.fit: Fit | None = None
+        self.broken: str | None = None
+        self.denoiser_calls = 0
+        self.timesteps: list[float] = []
+        self.batch = 0
+        self.not_finite: list[torch.Tensor] = []
+        self._slots: list[Slot] = []
+        self._call = 0
+        self._guided = Branch()
+        self._half_batch = half_batch
+        self._synchronize = synchronize
+        self._denoiser_seconds = 0.0
+        self._spent_recording = 0.0
+        self._step_began: float | None = None
+        self.began = time.perf_counter()
+        self.seconds = 0.0
+
+    # -- the denoiser's calls -----------------------------------------------------------------------------------------
+
+    def call(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answer one call of a denoiser: by it, by half of it, or from memory."""
+        if self._step_began is None:
+            self._step_began = time.perf_counter()
+        index, self._call = self._call, self._call + 1
+        if self.step > 0 and index >= len(self._slots):
+            self._break("its steps call the denoiser different numbers of times")
+        kind = self._kind()
+        if self.broken is not None or kind == FULL or index >= len(self._slots) or not self._slots[index].branches:
+            return self._evaluate(index, original, args, kwargs, kind)
+        slot = self._slots[index]
+        if kind == SKIP:
+            return slot.forecast(self.step)
+        return self._evaluate_conditional(index, slot, original, args, kwargs)
+
+    def _kind(self) -> int:
+        return FULL if self.plan is None or self.step >= self.plan.steps else self.plan.kinds[self.step]
+
+    def _evaluate(
+        self, index: int, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], kind: int
+    ) -> Any:
+        fit = self.fit
+        if fit is not None and fit.raw is not None and self._slots[index : index + 1]:
+            # Without the denoiser: what it returned while it was recorded.
+            slot = self._slots[index]
+            sample = fit.raw[self.step][index].to(slot.branches[0].outputs[0][1])
+            output = with_sample(slot.shell, sample)
+        elif kind == SKIP and self._slots[index : index + 1] and self._slots[index].shell is not None:
+            return self._slots[index].shell  # an auxiliary network (a ControlNet): nobody reads it in a skipped step
+        else:
+            output = self._timed(original, args, kwargs)
+        if len(self._slots) <= index:
+            self._slots.append(Slot())
+        try:
+            sample_of(output)
+        except TypeError:
+            self._slots[index].shell = output
+            return output
+        self._slots[index].remember(self.step, output)
+        if self.recording is not None:
+            self._check_half(original, args, kwargs, sample_of(output))
+        return output
+
+    def _evaluate_conditional(
+        self, index: int, slot: Slot, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        assert self.layout is not None
+        call, half = self.layout.places[0]
+        if not self.layout.halves:
+            if index != call:
+                return slot.forecast(self.step)
+            output = self._timed(original, args, kwargs)
+            slot.remember(self.step, output)
+            return output
+        output = self._timed(lambda *a, **k: self._half_batch(original, a, k, half), args, kwargs)
+        slot.branches[half].remember(self.step, sample_of(output))
+        return slot.forecast(self.step)
+
+    def _timed(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.denoiser_calls += 1
+        if self.recording is None:
+            return original(*args, **kwargs)
+        self._synchronize()
+        begin = time.perf_counter()
+        output = original(*args, **kwargs)
+        self._synchronize()
+        self._denoiser_seconds += time.perf_counter() - begin
+        return output
+
+    def _check_half(
+        self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], whole: torch.Tensor
+    ) -> None:
+        """Once: find out whether one half of the batch can be evaluated alone, and what it takes."""
+        if self.layout is None or not self.layout.halves or self._half_batch.checked or self.step != 1:
+            return
+        begin = time.perf_counter()
+        self._half_batch.check(original, args, kwargs, whole, 0)
+        self._spent_recording += time.perf_counter() - begin
+
+    def _break(self, reason: str) -> None:
+        self.broken = self.broken or reason
+
+    # -- the scheduler's step -----------------------------------------------------------------------------------------
+
+    def end_step(
+        self,
+        original: Callable[..., Any],
+        output: torch.Tensor,
+        timestep: Any,
+        sample: torch.Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        decide: Callable[[Generation], None],
+    ) -> Any:
+        """Take the scheduler's step, and correct what comes out of it."""
+        if self.step == 0:
+            self.layout = find_layout(self._slots, sample, output)
+            self.batch = self.layout.fold(sample).shape[0]
+            if self.layout.halves:
+                self._slots[0].split()
+        elif self.layout is not None and self._call != self.layout.calls:
+            self._break("its steps call the denoiser different numbers of times")
+        self.timesteps.append(float(timestep))
+        if self.step == 0:
+            decide(self)
+        layout = self.layout
+        assert layout is not None
+        kind = FULL if self.broken is not None else self._kind()
+        if not layout.places and kind != SKIP:
+            self._guided.remember(self.step, layout.fold(output))
+        begin = time.perf_counter()
+        if self.recording is not None:
+            latents = layout.fold(sample)
+            self.recording.add(latents, self._newest(latents), layout.fold(output))
+            if self.fit is None and self._keeps_raw:
+                self.recording.raw.append([_whole(slot) for slot in self._slots])
+        self._spent_recording += time.perf_counter() - begin
+        result = original(output, timestep, sample, *args, **kwargs)
+        result = self._corrected(result, sample)
+        self.evaluated.append(kind)
+        self._close_step(result)
+        return result
+
+    _keeps_raw = False
+
+    def keep_raw(self) -> None:
+        """Record what each call returned in full, too."""
+        self._keeps_raw = True
+
+    def _close_step(self, result: Any) -> None:
+        now = time.perf_counter()
+        if self.recording is not None and self._step_began is not None:
+            self.recording.denoiser_seconds.append(self._denoiser_seconds)
+            self.recording.step_seconds.append(now - self._step_began - self._spent_recording)
+        self._denoiser_seconds = self._spent_recording = 0.0
+        self._step_began = now
+        self.seconds = now - self.began
+        self._newest_latents = prev_sample_of(result)
+        self.step += 1
+        self._call = 0
+
+    @property
+    def last_latents(self) -> torch.Tensor:
+        return self._newest_latents
+
+    def _newest(self, latents: torch.Tensor) -> list[torch.Tensor]:
+        layout = self.layout
+        assert layout is not None
+        if not layout.places:
+            return [self._guided.outputs[0][1]]
+        branches = [layout.branch(self._slots, index) for index in range(layout.branches)]
+        return [beside(branch.outputs[0][1], latents) for branch in branches]
+
+    def _corrected(self, result: Any, sample: torch.Tensor) -> Any:
+        fit = self.fit
+        if self.broken is not None or (fit is None and self.weights is None):
+            return result
+        layout = self.layout
+        assert layout is not None
+        previous = layout.fold(prev_sample_of(result))
+        latents = layout.fold(sample)
+        features, counts = self._features(latents)
+        if fit is not None:
+            reference = fit.reference[self.step + 1].to(previous.device)
+            own = NormalEquations.of(torch.stack(features), reference - previous.float())
+            known = own.join(fit.known[self.step] if fit.known else None)
+            weights, shrinkage = known.solve(difference_basis(counts))
+            fit.equations.append(known)
+            fit.weights.append(weights)
+            fit.shrinkage.append(shrinkage)
+        else:
+            assert self.weights is not None
+            weights = self.weights[self.step]
+        numbers = weights.tolist()
+        if not any(numbers):
+            return result
+        added = features[0] * numbers[0]
+        for feature, number in zip(features[1:], numbers[1:], strict=True):
+            added = torch.add(added, feature, alpha=number)
+        corrected = previous.float() + added
+        finite = torch.isfinite(corrected).all()
+        self.not_finite.append(~finite)
+        # Decided on the device: asking for the answer would wait for it at every step.
+        corrected = torch.where(finite, corrected, previous.float()).to(previous.dtype)
+        return with_prev_sample(result, layout.unfold(corrected))
+
+    def _features(self, latents: torch.Tensor) -> tuple[list[torch.Tensor], list[int]]:
+        layout = self.layout
+        assert layout is not None
+        if layout.places:
+            branches = [layout.branch(self._slots, index) for index in range(layout.branches)]
+        else:
+            branches = [self._guided]
+        features = [beside(each, latents).float() for branch in branches for _, each in branch.outputs]
+        return [*features, latents.float()], [len(branch.outputs) for branch in branches]
+
+    def memory_bytes(self) -> int:
+        """Count what is held between two steps."""
+        return sum(slot.bytes() for slot in self._slots) + self._guided.bytes()
+
+    def corrections_dropped(self) -> int:
+        """Count steps whose correction was not finite, and was left out."""
+        return int(sum(int(flag) for flag in self.not_finite))
+
+    def forget(self) -> None:
+        """Let go of all tensors; what was counted stays."""
+        self._slots, self._guided, self.recording, self.fit = [], Branch(), None, None
+        self._newest_latents = torch.empty(0)
+
+
+def _whole(slot: Slot) -> torch.Tensor:
+    parts = [branch.outputs[0][1] for branch in slot.branches]
+    return torch.cat(parts).to("cpu", copy=True)
+
+
+def prev_sample_of(result: Any) -> torch.Tensor:
+    """Find the latent in what a scheduler's step returns."""
+    return result[0] if isinstance(result, tuple) else result.prev_sample
+
+
+def with_prev_sample(result: Any, latents: torch.Tensor) -> Any:
+    """Make what a scheduler's step returns, with another latent in it."""
+    if isinstance(result, tuple):
+        return (latents, *result[1:])
+    result.prev_sample = latents
+    return result

@@ -1,0 +1,101 @@
+"""From the one number that was asked for to a plan, and what is predicted and reported of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from xfuser.model_executor.cache.adacorrection.trajectory.calibration import Calibration, Learned
+from xfuser.model_executor.cache.adacorrection.trajectory.plan import CONDITIONAL, FULL, Plan
+from xfuser.model_executor.cache.adacorrection.trajectory.settings import TrajectoryConfig
+
+NEAR = FULL  # half evaluations by which a learned plan may stay below what is asked
+
+
+class Unreachable(ValueError):
+    """What was asked for cannot be had; the line says what can."""
+
+
+def speedup_of(plan: Plan, timing: dict[str, float]) -> float:
+    """Predict the denoising loop's speed-up from the seconds of one uncached step."""
+    denoiser, outside = timing["denoiser"], timing["outside"]
+    full = plan.kinds.count(FULL)
+    alone = plan.kinds.count(CONDITIONAL)
+    spent = plan.steps * outside + denoiser * (full + timing["half_share"] * alone)
+    return plan.steps * (denoiser + outside) / spent
+
+
+class Goal:
+    """One of ``target_speedup``, ``min_psnr`` and ``adacorr_budget``."""
+
+    def __init__(self, config: TrajectoryConfig) -> None:
+        self.config = config
+
+    def asked(self) -> dict[str, float]:
+        names = ("target_speedup", "min_psnr", "adacorr_budget")
+        return {name: float(getattr(self.config, name)) for name in names if getattr(self.config, name) is not None}
+
+    @property
+    def by_quality(self) -> bool:
+        return self.config.min_psnr is not None
+
+    def units(self, steps: int, timing: dict[str, float], apart: bool) -> int:
+        """Compute the half evaluations to spend; for the goals that need no quality.
+
+        Raises:
+            Unreachable: Even one evaluation is too slow, or costs more than the budget.
+        """
+        if self.config.adacorr_budget is not None:
+            units = int(self.config.adacorr_budget * FULL * steps + 1e-9)
+            units -= 0 if apart else units % FULL
+            if units < FULL:
+                raise Unreachable(
+                    f"adacorr_budget={self.config.adacorr_budget:g} is less than one of {steps} evaluations; the "
+                    f"smallest is {1 / steps:.3g}"
+                )
+            return units
+        asked = float(self.config.target_speedup or 1)
+        largest = speedup_of(Plan.at(steps, [0]), timing)
+        if asked > largest:
+            raise Unreachable(
+                f"target_speedup={asked:g}: with {steps} steps and {timing['outside'] / timing['denoiser']:.1%} of the "
+                f"denoiser's time outside it, the largest is {largest:.2f}"
+            )
+        candidates = range(FULL, FULL * steps + 1, 1 if apart else FULL)
+        return min(candidates, key=lambda units: abs(_speedup_at(units, steps, timing) / asked - 1))
+
+    def choose(self, calibration: Calibration) -> Learned | None:
+        """Find the learned plan that serves the goal; ``None`` where it has to be learned first."""
+        learned = sorted(calibration.learned.values(), key=lambda each: sum(each.plan.kinds))
+        if self.by_quality:
+            enough = [each for each in learned if (each.predicted_psnr or 0) >= float(self.config.min_psnr or 0)]
+            searched = calibration.notes.get("searched_psnr", [])
+            return enough[0] if enough and self.config.min_psnr in searched else None
+        units = self.units(calibration.steps, calibration.timing, calibration.apart and self.config.branches_apart)
+        within = [each for each in learned if units - NEAR < sum(each.plan.kinds) <= units]
+        if not within:
+            return None
+        return max(within, key=lambda each: (sum(each.plan.kinds), each.predicted_psnr or 0.0))
+
+    def predicted(self, calibration: Calibration | None, learned: Learned | None) -> dict[str, Any] | None:
+        if calibration is None or learned is None:
+            return None
+        return {
+            "speedup": speedup_of(learned.plan, calibration.timing),
+            "budget": learned.plan.cost,
+            "psnr": learned.predicted_psnr,
+            "worst_psnr": min(learned.psnr, default=None),
+            "of_decoded_images": learned.decoded,
+            "mean_shrinkage": sum(learned.shrinkage) / max(len(learned.shrinkage), 1),
+        }
+
+    def got(self, calibration: Calibration | None, seconds: float, share: float, batch: int) -> dict[str, Any]:
+        speedup = None
+        if calibration is not None and calibration.notes.get("batch") == batch and seconds > 0:
+            timing = calibration.timing
+            speedup = calibration.steps * (timing["denoiser"] + timing["outside"]) / seconds
+        return {"speedup": speedup, "budget": share}
+
+
+def _speedup_at(units: int, steps: int, timing: dict[str, float]) -> float:
+    spent = steps * timing["outside"] + timing["denoiser"] * units / FULL
+    return steps * (timing["denoiser"] + timing["outside"]) / spent

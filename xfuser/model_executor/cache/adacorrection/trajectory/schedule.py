@@ -1,0 +1,203 @@
+"""Place the evaluations: dynamic programming over the Gram matrix of one recorded generation, without a model call.
+
+Between two evaluated steps b < c nothing is evaluated, so what counts is how well the jump x_c - x_b lies in the span
+of what is remembered at b: the newest evaluated outputs of each branch, and x_b. The squared distance is a function of
+inner products alone. Only the newest three evaluated steps are a state, and gaps between them are bounded, so memory is
+steps · gaps² · kinds · budgets numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from xfuser.model_executor.cache.adacorrection.trajectory.plan import CONDITIONAL, FULL, SKIP, Plan
+
+RIDGE = 1e-6  # of the features' mean square, as in the fit
+LARGEST_GAP = 24
+# What was evaluated at the newest three steps, newest first: never two conditional branches alone in a row.
+KINDS = ((FULL, FULL, FULL), (FULL, FULL, CONDITIONAL), (FULL, CONDITIONAL, FULL), (CONDITIONAL, FULL, FULL))
+KINDS += ((CONDITIONAL, FULL, CONDITIONAL),)
+
+
+@dataclass(frozen=True)
+class Gram:
+    """Inner products of a generation's latents and outputs, summed over images and elements.
+
+    Attributes:
+        matrix: Shape [N, N], float64; first the latents x_0 … x_T, then the branches' outputs m_0 … m_{T-1} in turn.
+        steps: T.
+        branches: 1, or 2 with guidance: conditional outputs, then unconditional ones.
+    """
+
+    matrix: np.ndarray
+    steps: int
+    branches: int
+
+    def __post_init__(self) -> None:
+        expected = self.steps + 1 + self.branches * self.steps
+        if self.matrix.shape != (expected, expected):
+            raise ValueError(f"a Gram matrix of {self.steps} steps has {expected} rows, not {self.matrix.shape[0]}")
+
+    def output(self, branch: int, step: int) -> int:
+        """Find the row of an output."""
+        return self.steps + 1 + branch * self.steps + step
+
+
+def even_placement(steps: int, evaluations: int) -> Plan:
+    """Space full evaluations evenly, the first step among them."""
+    if not 1 <= evaluations <= steps:
+        raise ValueError(f"{evaluations} evaluations of {steps} steps: expected 1 to {steps}")
+    return Plan.at(steps, [math.floor(index * steps / evaluations) for index in range(evaluations)])
+
+
+def jump_residuals(gram: Gram, nodes: list[tuple[int, ...]], starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Compute how far jumps lie outside the span of what is remembered.
+
+    Args:
+        gram: The recorded generation.
+        nodes: Per jump, the rows of remembered outputs (all of one length).
+        starts: Per jump, the step it starts from, [M].
+        ends: The steps where it may end, [M, E].
+
+    Returns:
+        The squared distances, [M, E].
+    """
+    matrix = gram.matrix
+    features = np.concatenate([np.asarray(nodes, dtype=int).reshape(len(starts), -1), starts[:, None]], axis=1)
+    inner = matrix[features[:, :, None], features[:, None, :]]
+    count = features.shape[1]
+    # Each direction counts by its own size: outputs and latents differ by orders of magnitude.
+    scale = np.sqrt(np.maximum(np.einsum("mkk->mk", inner), np.finfo(float).tiny))
+    inner = inner / (scale[:, :, None] * scale[:, None, :]) + RIDGE * np.eye(count)
+    target = matrix[features[:, :, None], ends[:, None, :]] - matrix[features, starts[:, None]][:, :, None]
+    target = target / scale[:, :, None]
+    size = matrix[ends, ends] - 2 * matrix[ends, starts[:, None]] + matrix[starts, starts][:, None]
+    weights = np.linalg.solve(inner, target)
+    return np.maximum(size - np.einsum("mke,mke->me", weights, target), 0.0)
+
+
+class Scheduler:
+    """Finds the best plan for every budget at once.
+
+    Args:
+        gram: The recorded generation.
+        branches_apart: Whether a step may evaluate the conditional branch alone.
+        largest_gap: Steps between two evaluations, at most.
+    """
+
+    def __init__(self, gram: Gram, branches_apart: bool = False, largest_gap: int = LARGEST_GAP) -> None:
+        if branches_apart and gram.branches != 2:
+            raise ValueError("one branch cannot be evaluated apart from another")
+        self.gram = gram
+        self.gap = min(largest_gap, gram.steps)
+        self.kinds = KINDS if branches_apart else KINDS[:1]
+        self._solve()
+
+    def plan(self, budget: int) -> Plan:
+        """Read the best plan.
+
+        Args:
+            budget: Half evaluations that may be spent, at least 2.
+
+        Raises:
+            ValueError: So few cannot be placed with the largest gap.
+        """
+        units = budget if len(self.kinds) > 1 else budget - budget % FULL
+        units = min(units, FULL * self.gram.steps)
+        if units < FULL or not np.isfinite(self._end[: units + 1]).any():
+            raise ValueError(f"{budget / FULL:g} evaluations of {self.gram.steps} steps are too few to be placed")
+        spent = int(np.nanargmin(self._end[: units + 1]))
+        kinds = [SKIP] * self.gram.steps
+        state = self._last[spent]
+        while True:
+            step, first, second, kind = (int(each) for each in np.unravel_index(state, self._shape))
+            newest = self.kinds[kind][0]
+            kinds[step] = newest
+            if step == 0:
+                return Plan(tuple(kinds))
+            came_from = self._came[spent][step, first, second, kind]
+            spent -= newest
+            state = came_from
+
+    def expected(self, budget: int) -> float:
+        """Read the best plan's sum of squared residuals."""
+        return float(np.min(self._end[: budget + 1]))
+
+    # -- dynamic programming ------------------------------------------------------------------------------------------
+
+    def _solve(self) -> None:
+        steps, gap, kinds = self.gram.steps, self.gap, self.kinds
+        budgets = FULL * steps + 1
+        # Gap 0 means that there is no such node yet.
+        self._shape = (steps, gap + 1, gap + 1, len(kinds))
+        best = np.full((budgets, *self._shape), np.inf, dtype=np.float32)
+        self._came = np.full((budgets, *self._shape), -1, dtype=np.int32)
+        self._end = np.full(budgets, np.inf)
+        self._last = np.full(budgets, -1, dtype=np.int64)
+        self._scale = float(np.trace(self.gram.matrix[: steps + 1, : steps + 1])) or 1.0
+        best[FULL, 0, 0, 0, 0] = 0.0
+        successors = {
+            (kind, follow): kinds.index((follow, *kinds[kind][:2]))
+            for kind in range(len(kinds))
+            for follow in (FULL, CONDITIONAL)
+            if (follow, *kinds[kind][:2]) in kinds
+        }
+        for step in range(steps):
+            ends = np.arange(step + 1, min(step + gap, steps) + 1)
+            for kind in range(len(kinds)):
+                for first, seconds, cost in self._costs(step, kind, ends):
+                    values = best[:, step, first, seconds, kind]  # budgets, seconds
+                    here = np.ravel_multi_index((step, first, seconds, kind), self._shape)
+                    for place, end in enumerate(ends):
+                        total = values + cost[None, :, place]
+                        if end == steps:
+                            self._finish(total, here)
+                            continue
+                        chosen = total.argmin(axis=1)
+                        least = total[np.arange(budgets), chosen]
+                        for follow in (FULL, CONDITIONAL):
+                            after = successors.get((kind, follow))
+                            if after is None:
+                                continue
+                            moved = np.full(budgets, np.inf, dtype=np.float32)
+                            moved[follow:] = least[:-follow]
+                            cell = best[:, end, end - step, first, after]
+                            better = moved < cell
+                            cell[better] = moved[better]
+                            origin = np.full(budgets, -1, dtype=np.int64)
+                            origin[follow:] = here[chosen[:-follow]]
+                            self._came[better, end, end - step, first, after] = origin[better]
+
+    def _finish(self, total: np.ndarray, here: np.ndarray) -> None:
+        chosen = total.argmin(axis=1)
+        least = total[np.arange(len(chosen)), chosen]
+        better = least < self._end
+        self._end[better] = least[better]
+        self._last[better] = here[chosen[better]]
+
+    def _costs(self, step: int, kind: int, ends: np.ndarray):
+        """Yield, for each first gap, the second gaps and the residuals [seconds, ends], as shares of the latents."""
+        for first in range(0, min(self.gap, step) + 1):
+            if first == 0 and (step > 0 or kind > 0):
+                continue
+            middle = step - first
+            if first == 0 or middle == 0:
+                seconds = np.array([0])
+            else:
+                seconds = np.arange(1, min(self.gap, middle) + 1)
+            # A kind that never comes up this early keeps its infinite value.
+            nodes = [self._rows(kind, (step, middle, middle - second), first, int(second)) for second in seconds]
+            starts = np.full(len(seconds), step)
+            where = np.broadcast_to(ends, (len(seconds), len(ends)))
+            yield first, seconds, (jump_residuals(self.gram, nodes, starts, where) / self._scale).astype(np.float32)
+
+    def _rows(self, kind: int, steps: tuple[int, int, int], first: int, second: int) -> tuple[int, ...]:
+        there = (True, first > 0, second > 0)
+        known = [(step, each) for step, each, exists in zip(steps, self.kinds[kind], there, strict=True) if exists]
+        rows = [self.gram.output(0, step) for step, _ in known]
+        if self.gram.branches == 2:
+            rows += [self.gram.output(1, step) for step, each in known if each == FULL]
+        return tuple(rows)
