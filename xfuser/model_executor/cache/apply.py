@@ -10,9 +10,13 @@ from torch import nn
 from xfuser.config import CacheConfig
 from xfuser.config.cache import FIRST
 from xfuser.model_executor.adapters import declaration_of
+from xfuser.model_executor.cache.adacorrection.trajectory.engine import TrajectoryEngine, attach_trajectory
+from xfuser.model_executor.cache.adacorrection.trajectory.settings import AUTO, TrajectoryConfig
 from xfuser.model_executor.cache.attach import is_attached
 from xfuser.model_executor.cache.calibration import Calibration
 from xfuser.model_executor.cache.engine import CacheEngine
+
+ONLY_TRAJECTORY = sorted(set(TrajectoryConfig.__dataclass_fields__) - {"adacorr_budget", "calibration"})
 
 
 def apply_cache_on_transformer(transformer: nn.Module, use_cache: str | None = None, **settings: Any) -> CacheEngine:
@@ -37,16 +41,48 @@ def apply_cache_on_transformer(transformer: nn.Module, use_cache: str | None = N
     return _attach(transformer, config, None)
 
 
-def apply_cache_on_pipeline(pipeline: Any, use_cache: str | None = None, **settings: Any) -> CacheEngine:
-    """Attach a cache method to a diffusers pipeline; its scheduler marks generations and steps.
+def apply_cache_on_pipeline(
+    pipeline: Any, use_cache: str | None = None, **settings: Any
+) -> CacheEngine | TrajectoryEngine:
+    """Attach a cache to a diffusers pipeline; its scheduler marks generations and steps.
 
-    Arguments, result and errors are those of `apply_cache_on_transformer`.
+    Without a base method, and with one of ``target_speedup``, ``min_psnr`` and ``adacorr_budget``, AdaCorrection works
+    on the trajectory: for any pipeline with a denoiser and a scheduler; settings as in `TrajectoryConfig`. Otherwise
+    arguments, result and errors are those of `apply_cache_on_transformer`.
+
+    Example:
+        >>> engine = apply_cache_on_pipeline(pipeline, target_speedup=3)
     """
+    if on_trajectory(use_cache, settings):
+        settings.pop("enable_adacorrection", None)
+        return attach_trajectory(pipeline, **settings)
     config = CacheConfig.from_keywords(use_cache=use_cache, **settings)
     transformer = getattr(pipeline, "transformer", None)
     if transformer is None:
         raise TypeError(f"{type(pipeline).__name__} has no transformer; caching needs a pipeline with one")
     return _attach(transformer, config, getattr(pipeline, "scheduler", None))
+
+
+def on_trajectory(use_cache: str | None, settings: dict[str, Any]) -> bool:
+    """Tell whether settings ask for the trajectory.
+
+    They do where they name ``target_speedup`` or ``min_psnr``, or ``adacorr_budget`` with no base method and without
+    ``enable_adacorrection=True``, which means the blocks; or any other setting that only the trajectory has.
+
+    Raises:
+        ValueError: A base method and a setting that it cannot have are both named.
+    """
+    only_there = [name for name in ONLY_TRAJECTORY if settings.get(name) is not None]
+    only_there += ["calibration='auto'"] if settings.get("calibration") == AUTO else []
+    if only_there and use_cache not in (None, "None"):
+        raise ValueError(f"{only_there[0]} belongs to AdaCorrection on the trajectory; leave use_cache out")
+    if only_there:
+        return True
+    return use_cache is None and settings.get("adacorr_budget") is not None and not _names_blocks(settings)
+
+
+def _names_blocks(settings: dict[str, Any]) -> bool:
+    return bool(settings.get("enable_adacorrection")) or settings.get("adacorr_mode") is not None
 
 
 def _attach(transformer: Any, config: CacheConfig, scheduler: Any) -> CacheEngine:

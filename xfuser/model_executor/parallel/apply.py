@@ -18,7 +18,8 @@ from xfuser.core.distributed.environment import join_processes, waiter
 from xfuser.core.distributed.mesh import ParallelMesh
 from xfuser.core.distributed.statistics import SumExchange
 from xfuser.model_executor.adapters import BoundArguments, ModelDeclaration, declaration_of
-from xfuser.model_executor.cache.apply import check_unattached, load_calibration
+from xfuser.model_executor.cache.adacorrection.trajectory import TrajectoryEngine, attach_trajectory
+from xfuser.model_executor.cache.apply import check_unattached, load_calibration, on_trajectory
 from xfuser.model_executor.cache.attach import Replacement, scheduler_calls
 from xfuser.model_executor.cache.engine import CacheEngine
 from xfuser.model_executor.parallel.autoencoder import ParallelDecoder, check_decoder
@@ -46,6 +47,7 @@ class ParallelPipeline:
         config: CacheConfig,
         timed: bool | None = None,
         use_torch_compile: bool = False,
+        trajectory: dict[str, Any] | None = None,
     ) -> None:
         self.pipeline, self.mesh, self.cache_config = pipeline, mesh, config
         transformer = pipeline.transformer
@@ -68,6 +70,7 @@ class ParallelPipeline:
         self.engine = CacheEngine(
             transformer, declaration, config, self.exchange, calibration, self.placement, attention
         )
+        self.trajectory: TrajectoryEngine | None = None
         self._layers: list[Replacement | ParallelDecoder] = []
         self._timed = bool(timed) or mesh.device.type == "cpu"
         self.transformer_seconds = 0.0
@@ -78,6 +81,25 @@ class ParallelPipeline:
             drop_other_blocks(blocks, self.placement.stage, declaration.tail_needs)
         if mesh.config.use_parallel_vae:
             self._layers.append(ParallelDecoder(pipeline.vae, mesh.image))
+        if trajectory is not None:
+            self._attach_trajectory(trajectory)
+
+    def _attach_trajectory(self, settings: dict[str, Any]) -> None:
+        """Put the trajectory outside of everything else, so that a skipped step enters no wrapper below it."""
+        mesh = self.mesh
+
+        def agree(value: Any) -> Any:
+            if not mesh.shares_image:
+                return value
+            told = [value]
+            dist.broadcast_object_list(told, src=dist.get_global_rank(mesh.control, 0), group=mesh.control)
+            return told[0]
+
+        # Where each branch has ranks of its own, evaluating one alone would leave the others waiting.
+        apart = not mesh.config.use_cfg_parallel
+        self.trajectory = attach_trajectory(
+            self.pipeline, agree, stores=mesh.writes, apart=apart, above_blocks=True, **settings
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.pipeline(*args, **kwargs)
@@ -85,6 +107,7 @@ class ParallelPipeline:
     def summary(self) -> dict[str, Any]:
         """The engine's summary, this rank's place, and what the ranks have told each other."""
         steps = max(self.engine.statistics.calls, 1)
+        above = {} if self.trajectory is None else self.trajectory.summary()
         return {
             "mesh": dict(zip(("data", "cfg", "pipefusion", "ring", "ulysses"), self.mesh.config.shape, strict=True)),
             "rank": self.mesh.coordinates(),
@@ -92,6 +115,7 @@ class ParallelPipeline:
             "bytes_per_step": self.exchange.bytes_sent / steps,
             "seconds": dict(self.clock.seconds),
             **self.engine.summary(),
+            **above,
         }
 
     @property
@@ -123,12 +147,16 @@ class ParallelPipeline:
 
     def reset(self) -> None:
         """Forget every remembered activation, and all that was counted and timed."""
+        if self.trajectory is not None:
+            self.trajectory.reset()
         self.engine.reset()
         self.exchange.collectives = self.exchange.bytes_sent = 0
         self.clock.reset()
 
     def remove(self) -> None:
         """Take everything off again. What other stages hold of the weights is not here any more."""
+        if self.trajectory is not None:
+            self.trajectory.remove()
         while self._layers:
             self._layers.pop().undo()
         self.engine.remove()
@@ -210,19 +238,21 @@ def parallelize(
         use_cache: The base method, as for `apply_cache_on_pipeline`.
         timed: Whether the clock waits for the device, so that it is true on an accelerator.
         use_torch_compile: Compile every block's own forward; decisions stay outside.
-        **settings: The other fields of `CacheConfig`.
+        **settings: The other fields of `CacheConfig`, or those of `TrajectoryConfig` (``target_speedup=3``).
 
     Raises:
         TypeError: Unknown setting, or a pipeline that is not supported.
         ValueError: Degrees that do not fit the model, or settings that do not go together. Nothing has been changed.
     """
-    config = CacheConfig.from_keywords(use_cache=use_cache, **settings)
+    above = on_trajectory(use_cache, settings)
+    trajectory = {name: value for name, value in settings.items() if name != "enable_adacorrection"} if above else None
+    config = CacheConfig() if above else CacheConfig.from_keywords(use_cache=use_cache, **settings)
     if getattr(pipeline, "transformer", None) is None:
         raise TypeError(f"{type(pipeline).__name__} has no transformer; parallel inference needs a pipeline with one")
     if isinstance(mesh, ParallelConfig):
         join_processes(pipeline.device)
         mesh = ParallelMesh(mesh, pipeline.device)
-    return ParallelPipeline(pipeline, mesh, config, timed, use_torch_compile)
+    return ParallelPipeline(pipeline, mesh, config, timed, use_torch_compile, trajectory)
 
 
 def _placement(

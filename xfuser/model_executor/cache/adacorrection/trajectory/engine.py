@@ -360,8 +360,12 @@ def denoiser_names(pipeline: Any) -> list[str]:
     return [name for name in modules if not any(part in name for part in NOT_DENOISERS)]
 
 
-def check_pipeline(pipeline: Any) -> None:
+def check_pipeline(pipeline: Any, above_blocks: bool = False) -> None:
     """Refuse a pipeline that cannot be followed, before anything is changed.
+
+    Args:
+        pipeline: The pipeline.
+        above_blocks: Whether an engine at the block level may be attached to it.
 
     Raises:
         TypeError: It has no denoiser, no scheduler, several schedulers, or steps by hand.
@@ -377,7 +381,7 @@ def check_pipeline(pipeline: Any) -> None:
         raise TypeError(f"{name}: a cache follows one scheduler named 'scheduler'; this pipeline has {found}")
     if is_wrapped(pipeline) or any(is_wrapped(components[each]) for each in denoiser_names(pipeline)):
         raise ValueError(f"this {name} has a cache attached already; call remove() on its engine first")
-    if is_attached(components["scheduler"], "step"):
+    if is_attached(components["scheduler"], "step") and not above_blocks:
         raise ValueError(
             "this scheduler belongs to a pipeline with a cache attached; call remove() on its engine first"
         )
@@ -398,6 +402,7 @@ def attach_trajectory(
     agree: Callable[[Any], Any] | None = None,
     stores: bool = True,
     apart: bool = True,
+    above_blocks: bool = False,
     **settings: Any,
 ) -> TrajectoryEngine:
     """Attach AdaCorrection on the trajectory to any diffusers pipeline with a denoiser and a scheduler.
@@ -407,6 +412,7 @@ def attach_trajectory(
         agree: Makes all ranks that share an image take the first one's object.
         stores: Whether this process writes calibrations.
         apart: Whether one branch of guidance may be evaluated without the other.
+        above_blocks: Whether an engine at the block level may be attached to the pipeline already.
         **settings: The fields of `TrajectoryConfig`.
 
     Raises:
@@ -418,5 +424,5 @@ def attach_trajectory(
     if unknown:
         raise TypeError(f"unknown setting {', '.join(unknown)} for the trajectory; known are {', '.join(known)}")
     config = TrajectoryConfig(**settings)
-    check_pipeline(pipeline)
+    check_pipeline(pipeline, above_blocks)
     return TrajectoryEngine(pipeline, config, agree, stores, apart)

@@ -315,8 +315,8 @@ class Learner:
         whole = max(1, units // FULL)
         plans = []
         if apart:
-            plans.append(_scheduler(calibration, True).plan(units))
-        plans.append(_scheduler(calibration, False).plan(FULL * whole))
+            plans.append(Scheduler.of(calibration.gram, units, True).plan(units))
+        plans.append(Scheduler.of(calibration.gram, FULL * whole, False).plan(FULL * whole))
         plans.append(even_placement(calibration.steps, whole))
         return list({plan.digest: plan for plan in plans}.values())
 
@@ -418,18 +418,6 @@ def _grid(scheduler: Any) -> list[float]:
 def _contains(fine: list[float], coarse: list[float], factor: int) -> bool:
     picked = fine[::factor][: len(coarse)]
     return len(picked) == len(coarse) and np.allclose(picked, coarse, rtol=1e-4, atol=0.51)
-
-
-_SCHEDULERS: dict[tuple[int, bool], Scheduler] = {}
-
-
-def _scheduler(calibration: Calibration, apart: bool) -> Scheduler:
-    """All budgets come from one solution, so it is kept while the Gram matrix is the same."""
-    key = (id(calibration.gram), apart)
-    if key not in _SCHEDULERS:
-        _SCHEDULERS.clear() if len(_SCHEDULERS) > 1 else None
-        _SCHEDULERS[key] = Scheduler(calibration.gram, apart)
-    return _SCHEDULERS[key]
 
 
 def _timing(recordings: list[Recording]) -> dict[str, float]:

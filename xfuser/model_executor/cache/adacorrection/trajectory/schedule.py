@@ -17,6 +17,7 @@ from xfuser.model_executor.cache.adacorrection.trajectory.plan import CONDITIONA
 
 RIDGE = 1e-6  # of the features' mean square, as in the fit
 LARGEST_GAP = 24
+SMALLEST_GAP = 6
 # What was evaluated at the newest three steps, newest first: never two conditional branches alone in a row.
 KINDS = ((FULL, FULL, FULL), (FULL, FULL, CONDITIONAL), (FULL, CONDITIONAL, FULL), (CONDITIONAL, FULL, FULL))
 KINDS += ((CONDITIONAL, FULL, CONDITIONAL),)
@@ -85,16 +86,31 @@ class Scheduler:
     Args:
         gram: The recorded generation.
         branches_apart: Whether a step may evaluate the conditional branch alone.
-        largest_gap: Steps between two evaluations, at most.
+        largest_gap: Steps between two evaluations, at most; more where the largest budget needs it.
+        largest_budget: Half evaluations up to which plans can be read; by default all.
     """
 
-    def __init__(self, gram: Gram, branches_apart: bool = False, largest_gap: int = LARGEST_GAP) -> None:
+    def __init__(
+        self,
+        gram: Gram,
+        branches_apart: bool = False,
+        largest_gap: int = LARGEST_GAP,
+        largest_budget: int | None = None,
+    ) -> None:
         if branches_apart and gram.branches != 2:
             raise ValueError("one branch cannot be evaluated apart from another")
         self.gram = gram
-        self.gap = min(largest_gap, gram.steps)
+        self._budgets = min(largest_budget or FULL * gram.steps, FULL * gram.steps) + 1
+        needed = math.ceil(gram.steps / max(1, (self._budgets - 1) // FULL))
+        self.gap = min(max(largest_gap, needed), gram.steps)
         self.kinds = KINDS if branches_apart else KINDS[:1]
         self._solve()
+
+    @classmethod
+    def of(cls, gram: Gram, budget: int, branches_apart: bool) -> Scheduler:
+        """Make one whose gaps are bounded by three times a budget's mean gap, which is all that good plans need."""
+        mean_gap = FULL * gram.steps / budget
+        return cls(gram, branches_apart, min(max(math.ceil(3 * mean_gap), SMALLEST_GAP), LARGEST_GAP), budget)
 
     def plan(self, budget: int) -> Plan:
         """Read the best plan.
@@ -106,7 +122,7 @@ class Scheduler:
             ValueError: So few cannot be placed with the largest gap.
         """
         units = budget if len(self.kinds) > 1 else budget - budget % FULL
-        units = min(units, FULL * self.gram.steps)
+        units = min(units, self._budgets - 1)
         if units < FULL or not np.isfinite(self._end[: units + 1]).any():
             raise ValueError(f"{budget / FULL:g} evaluations of {self.gram.steps} steps are too few to be placed")
         spent = int(np.nanargmin(self._end[: units + 1]))
@@ -130,7 +146,7 @@ class Scheduler:
 
     def _solve(self) -> None:
         steps, gap, kinds = self.gram.steps, self.gap, self.kinds
-        budgets = FULL * steps + 1
+        budgets = self._budgets
         # Gap 0 means that there is no such node yet.
         self._shape = (steps, gap + 1, gap + 1, len(kinds))
         best = np.full((budgets, *self._shape), np.inf, dtype=np.float32)
