@@ -100,12 +100,8 @@ class Generation:
     def _evaluate(
         self, index: int, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], kind: int
     ) -> Any:
-        fit = self.fit
-        if fit is not None and fit.raw is not None and self._slots[index : index + 1]:
-            # Without the denoiser: what it returned while it was recorded.
-            slot = self._slots[index]
-            sample = fit.raw[self.step][index].to(slot.branches[0].outputs[0][1])
-            output = with_sample(slot.shell, sample)
+        if self._is_recorded and self._slots[index : index + 1]:
+            output = self._recorded(index)
         elif kind == SKIP and self._slots[index : index + 1] and self._slots[index].shell is not None:
             return self._slots[index].shell  # an auxiliary network (a ControlNet): nobody reads it in a skipped step
         else:
@@ -122,6 +118,17 @@ class Generation:
             self._check_half(original, args, kwargs, sample_of(output))
         return output
 
+    @property
+    def _is_recorded(self) -> bool:
+        """Whether this is a replay without the denoiser: what it returned is known."""
+        return self.fit is not None and self.fit.raw is not None
+
+    def _recorded(self, index: int) -> Any:
+        slot = self._slots[index]
+        assert self.fit is not None and self.fit.raw is not None
+        like = slot.branches[0].outputs[0][1]
+        return with_sample(slot.shell, self.fit.raw[self.step][index].to(like.device, like.dtype))
+
     def _evaluate_conditional(
         self, index: int, slot: Slot, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
@@ -130,9 +137,12 @@ class Generation:
         if not self.layout.halves:
             if index != call:
                 return slot.forecast(self.step)
-            output = self._timed(original, args, kwargs)
+            output = self._recorded(index) if self._is_recorded else self._timed(original, args, kwargs)
             slot.remember(self.step, output)
             return output
+        if self._is_recorded:
+            slot.branches[half].remember(self.step, sample_of(self._recorded(index)).chunk(2)[half])
+            return slot.forecast(self.step)
         output = self._timed(lambda *a, **k: self._half_batch(original, a, k, half), args, kwargs)
         slot.branches[half].remember(self.step, sample_of(output))
         return slot.forecast(self.step)

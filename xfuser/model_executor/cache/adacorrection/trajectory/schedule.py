@@ -125,7 +125,10 @@ class Scheduler:
         units = min(units, self._budgets - 1)
         if units < FULL or not np.isfinite(self._end[: units + 1]).any():
             raise ValueError(f"{budget / FULL:g} evaluations of {self.gram.steps} steps are too few to be placed")
-        spent = int(np.nanargmin(self._end[: units + 1]))
+        # What may be spent is spent: with a stochastic scheduler the noise in every jump can hide what it brings.
+        spent = max(FULL, units - 1) + int(np.argmin(self._end[max(FULL, units - 1) : units + 1]))
+        if not np.isfinite(self._end[spent]):
+            spent = int(np.flatnonzero(np.isfinite(self._end[: units + 1]))[-1])
         kinds = [SKIP] * self.gram.steps
         state = self._last[spent]
         while True:
