@@ -10,6 +10,7 @@ from typing import Any
 from xfuser.config.arguments import (
     add_base_arguments,
     add_correction_arguments,
+    add_goal_arguments,
     add_model_arguments,
     add_parallel_arguments,
     add_run_arguments,
@@ -19,6 +20,7 @@ from xfuser.config.arguments import (
     named_settings,
     parallel_config,
     resolve_model,
+    trajectory_settings,
 )
 from xfuser.config.parallel import ParallelConfig
 from xfuser.config.refused import refuse_unsupported
@@ -55,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--rel_l1_thresh", type=float, help="threshold of the base method (default: the model type's)"
     )
+    add_goal_arguments(generate)
     add_base_arguments(generate)
     add_correction_arguments(generate)
     add_parallel_arguments(generate)
@@ -72,6 +75,28 @@ def build_parser() -> argparse.ArgumentParser:
     calibrate.add_argument(
         "--output", type=Path, default=Path("calibration.safetensors"), help="a .safetensors file; default: %(default)s"
     )
+    level = calibrate.add_argument_group("level")
+    level.add_argument(
+        "--level",
+        choices=("trajectory", "blocks"),
+        default="blocks",
+        help="what the calibration is for: the goals (--target_speedup, --min_psnr), or base methods and modes "
+        "on blocks (default: %(default)s)",
+    )
+    level.add_argument(
+        "--budgets",
+        type=float,
+        nargs="+",
+        metavar="SHARE",
+        help="trajectory: shares of the denoiser's evaluations to learn (default: %(default)s)",
+        default=[0.5, 0.38, 0.3, 0.22, 0.16],
+    )
+    level.add_argument(
+        "--reference_steps",
+        metavar="Nx",
+        help="trajectory: learn from a run of N times as many steps, 2x to 16x (default: the run itself)",
+    )
+    level.add_argument("--prompts", type=Path, help="a text file with one prompt a line, taken in turn")
     calibrate.set_defaults(run=run_calibrate, num_images=16)
     return parser
 
@@ -88,16 +113,23 @@ def run_generate(args: argparse.Namespace) -> None:
     from xfuser.core.distributed.failing import begin_together, end, finish, watch
     from xfuser.core.distributed.launch import start_processes
     from xfuser.core.distributed.mesh import ParallelMesh
+    from xfuser.model_executor.cache.adacorrection.trajectory import TrajectoryConfig
     from xfuser.model_executor.parallel import check_combination, parallelize
     from xfuser.model_executor.pipelines import MODEL_TYPES
     from xfuser.model_executor.pipelines.generate import batches_of, generate_images
 
     resolve_model(args, MODEL_TYPES)
-    settings = cache_settings(args, MODEL_TYPES[args.model_type].thresholds)
-    cache, parallel = CacheConfig.from_keywords(**settings), parallel_config(args)
+    settings = trajectory_settings(args)
+    if settings is None:
+        settings = cache_settings(args, MODEL_TYPES[args.model_type].thresholds)
+        cache = CacheConfig.from_keywords(**settings)
+    else:
+        cache = TrajectoryConfig(**settings)
+    parallel = parallel_config(args)
     check_conditions(args)
     check_generation(args, parallel)
-    check_combination(cache, parallel)
+    if isinstance(cache, CacheConfig):
+        check_combination(cache, parallel)
     check_output_folder(args.output_dir)
     device = choose_device(args.device)
     if launched():
@@ -140,6 +172,15 @@ def run_calibrate(args: argparse.Namespace) -> None:
     from xfuser.model_executor.pipelines.generate import conditions_hash, generate_batches
 
     resolve_model(args, MODEL_TYPES)
+    read_prompts(args)
+    if args.level == "trajectory":
+        from xfuser.model_executor.pipelines.calibrate import calibrate_trajectory
+
+        check_conditions(args)
+        calibrate_trajectory(args, *load_and_request(args))
+        return
+    if args.reference_steps is not None:
+        raise ValueError("--reference_steps belongs to --level trajectory")
     if args.output.suffix != ".safetensors":
         raise ValueError(f"--output: {str(args.output)!r} does not end in .safetensors")
     check_conditions(args)
@@ -159,6 +200,17 @@ def run_calibrate(args: argparse.Namespace) -> None:
     }
     replace(calibration, provenance=provenance).save(args.output)
     print(f"{args.output}: {calibration.steps} steps, {calibration.blocks} blocks, from {request.num_images} images")
+
+
+def read_prompts(args: argparse.Namespace) -> None:
+    """Take the prompts from the file that is named (ValueError where both or an empty file are)."""
+    if args.prompts is None:
+        return
+    if args.prompt:
+        raise ValueError("--prompt and --prompts both name prompts; leave one of them out")
+    args.prompt = [line.strip() for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not args.prompt:
+        raise ValueError(f"--prompts: {args.prompts} holds no prompt")
 
 
 def check_conditions(args: argparse.Namespace) -> None:
@@ -273,6 +325,9 @@ def print_summary(document: dict[str, Any], folder: Path) -> None:
     from rich.table import Table
 
     cache = document["cache"]
+    if cache["method"] == "trajectory":
+        print_trajectory(document, folder)
+        return
     count = len(document["images"])
     table = Table(show_header=False, title=f"{document['model']}: {count} images in {folder}")
     rows = {
@@ -292,6 +347,36 @@ def print_summary(document: dict[str, Any], folder: Path) -> None:
     plan = next(iter(cache["plan"].values()), [])
     table.add_row("blocks per step", _plan_line(plan, cache["blocks"]))
     Console().print(table)
+
+
+def print_trajectory(document: dict[str, Any], folder: Path) -> None:
+    """One screen: what was asked of the trajectory, predicted, and got."""
+    from rich.console import Console
+    from rich.table import Table
+
+    cache, count = document["cache"], len(document["images"])
+    table = Table(show_header=False, title=f"{document['model']}: {count} images in {folder}")
+    predicted, got = cache["predicted"] or {}, cache["got"]
+    rows = {
+        "seconds": f"{document['seconds']:.2f} ({count / document['seconds']:.2f} images/s, learning included)",
+        "asked": ", ".join(f"{name} {value:g}" for name, value in cache["asked"].items()),
+        "evaluated": f"{cache['evaluated_share']:.1%} of {cache['steps']} steps' evaluations, in the last batch",
+        "speed-up": f"predicted {_number(predicted.get('speedup'))}, got {_number(got['speedup'])}",
+        "PSNR to uncached": f"predicted {_number(predicted.get('psnr'))} dB, from {cache['images_known']} image(s)",
+        "generations": f"{cache['generations']}, of which {cache['learned_generations']} were learned from, in full",
+        "plan": cache["strip"],
+    }
+    if cache["non_finite"]:
+        rows["corrections dropped"] = f"{cache['non_finite']} steps, not finite"
+    if cache["not_learned_because"]:
+        rows["not learned"] = cache["not_learned_because"]
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
 
 
 def _plan_line(plan: list[list[int]], blocks: int) -> str:

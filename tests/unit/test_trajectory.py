@@ -189,21 +189,21 @@ def test_an_exception_in_the_middle_leaves_nothing_behind(tiny: Any, attached: A
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "settings"),
+    ("scheduler", "least"),
     [
-        (DDIMScheduler, {}),
-        (EulerDiscreteScheduler, {}),
-        (DPMSolverMultistepScheduler, {}),
-        (UniPCMultistepScheduler, {}),
-        (LMSDiscreteScheduler, {}),
-        (DDPMScheduler, {}),
-        (EulerAncestralDiscreteScheduler, {}),
-        (HeunDiscreteScheduler, {}),
+        (DDIMScheduler, 40),
+        (EulerDiscreteScheduler, 30),
+        (DPMSolverMultistepScheduler, 30),
+        (UniPCMultistepScheduler, 30),
+        (LMSDiscreteScheduler, 30),
+        (DDPMScheduler, 20),
+        (EulerAncestralDiscreteScheduler, 20),
+        (HeunDiscreteScheduler, 25),
     ],
 )
-def test_schedulers(tiny: Any, scheduler: Any, settings: dict[str, Any]) -> None:
+def test_schedulers(tiny: Any, scheduler: Any, least: float) -> None:
     kept = tiny.scheduler
-    tiny.scheduler = scheduler.from_config(kept.config, **settings)
+    tiny.scheduler = scheduler.from_config(kept.config)
     try:
         expected, other = draw(tiny), draw(tiny, seed=60)
         engine = apply_cache_on_pipeline(tiny, adacorr_budget=0.5)
@@ -211,7 +211,7 @@ def test_schedulers(tiny: Any, scheduler: Any, settings: dict[str, Any]) -> None
             assert np.array_equal(draw(tiny), expected)
             learned = draw(tiny, seed=60)
             assert engine.summary()["evaluated_share"] <= 0.5
-            assert psnr(learned, other) > 25
+            assert psnr(learned, other) > least
         finally:
             engine.remove()
     finally:

@@ -71,7 +71,8 @@ def add_base_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--calibration",
         metavar="FILE",
-        help="a file of `xdit calibrate`, or 'first': learn from the first generation (default: none)",
+        help="a file of `xdit calibrate`; 'first': learn from the first generation; 'auto', for a goal: a stored "
+        "one, or learn from the first generation and store it (default: none, and auto for a goal)",
     )
 
 
@@ -93,9 +94,49 @@ def base_settings(args: argparse.Namespace, method: str) -> dict[str, Any]:
     return {"use_cache": method, **named}
 
 
+GOALS = ("target_speedup", "min_psnr")
+
+
+def add_goal_arguments(parser: argparse.ArgumentParser) -> None:
+    """The one number of AdaCorrection on the trajectory."""
+    group = parser.add_argument_group(
+        "AdaCorrection on the trajectory (name one goal, and no base method; --adacorr_budget alone is the third)"
+    )
+    group.add_argument(
+        "--target_speedup", type=float, metavar="X", help="make the denoising loop X times faster, above 1 (start here)"
+    )
+    group.add_argument(
+        "--min_psnr", type=float, metavar="DB", help="the fewest evaluations predicted to stay this near, in dB"
+    )
+
+
+def trajectory_settings(args: argparse.Namespace) -> dict[str, Any] | None:
+    """The trajectory's settings of a command line; ``None`` where it asks for the block level, or for no cache.
+
+    Raises:
+        ValueError: A setting that the trajectory does not have is named beside a goal.
+    """
+    goals = {name: getattr(args, name) for name in GOALS if getattr(args, name) is not None}
+    method = cache_method(args)
+    if not goals and (method is not None or args.enable_adacorrection or args.adacorr_budget is None):
+        return None
+    if args.adacorr_budget is not None:
+        goals["adacorr_budget"] = args.adacorr_budget
+    if method is not None:
+        raise ValueError(f"--{next(iter(goals))} needs no base method; leave --use_cache {method} out")
+    others = ("rel_l1_thresh", "motion_threshold", "significance", "interval", "adacorr_mode", "adacorr_tolerance")
+    others += ("adacorr_gamma", "adacorr_lambda", "adacorr_score", "granularity", "sync", "approximation")
+    for name in others:
+        if getattr(args, name, None) is not None:
+            raise ValueError(f"--{name} belongs to the block level, not to --{next(iter(goals))}; leave it out")
+    if args.adaptive_threshold:
+        raise ValueError(f"--adaptive_threshold belongs to the block level, not to --{next(iter(goals))}; leave it out")
+    return goals | ({} if args.calibration is None else {"calibration": args.calibration})
+
+
 def add_correction_arguments(parser: argparse.ArgumentParser) -> None:
     """AdaCorrection's settings; the names and defaults are those of `CacheConfig`."""
-    group = parser.add_argument_group("AdaCorrection")
+    group = parser.add_argument_group("AdaCorrection on blocks")
     group.add_argument("--enable_adacorrection", action="store_true", help="review the base method's proposals")
     group.add_argument("--adacorr_gamma", type=float, help="scale of the correction, above 0 (default: 1.0)")
     group.add_argument("--adacorr_lambda", type=float, help="weight of the spatial variation (default: 1.0)")

@@ -219,6 +219,7 @@ def evidence(parallel: ParallelPipeline) -> dict[str, Any]:
     result = {
         name: summary[name]
         for name in ("mesh", "hit_rate", "collectives_per_step", "bytes_per_step", "plan", "weights", "offsets")
+        if name in summary
     }
     result |= {"plan_digests": [digest for digest, _ in told], "parameter_bytes": [count for _, count in told]}
     if "pipefusion" in summary:

@@ -155,6 +155,22 @@ class LoadedPipeline:
         Returns:
             Images, float32 [N, H, W, C] in [0, 1].
         """
+        sizes = (height, width, negative_prompt, true_cfg_scale)
+        arguments = self.arguments(conditions, seeds, num_inference_steps, guidance_scale, *sizes)
+        return np.asarray(self.pipeline(**arguments).images, dtype=np.float32)
+
+    def arguments(
+        self,
+        conditions: list[Any],
+        seeds: list[int],
+        num_inference_steps: int,
+        guidance_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        negative_prompt: str | None = None,
+        true_cfg_scale: float | None = None,
+    ) -> dict[str, Any]:
+        """Make the pipeline's arguments for `generate`."""
         arguments: dict[str, Any] = {
             "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
             "num_inference_steps": num_inference_steps,
@@ -173,7 +189,7 @@ class LoadedPipeline:
                 arguments["true_cfg_scale"] = true_cfg_scale
             if toy:
                 arguments |= self.spec.toy_arguments
-        return np.asarray(self.pipeline(**arguments).images, dtype=np.float32)
+        return arguments
 
 
 def load_pipeline(

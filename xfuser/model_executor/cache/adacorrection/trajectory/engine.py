@@ -13,7 +13,7 @@ from torch import nn
 
 from xfuser.core.distributed.environment import synchronize
 from xfuser.model_executor.cache.adacorrection.trajectory.branches import HalfBatch
-from xfuser.model_executor.cache.adacorrection.trajectory.calibration import Calibration, Store
+from xfuser.model_executor.cache.adacorrection.trajectory.calibration import Calibration, Learned, Store
 from xfuser.model_executor.cache.adacorrection.trajectory.fingerprint import (
     describe_denoiser,
     describe_scheduler,
@@ -60,6 +60,7 @@ class TrajectoryEngine:
         self.goal = Goal(config)
         self.generation: Generation | None = None
         self.calibration: Calibration | None = None
+        self.chosen: Learned | None = None
         self._agree = agree or (lambda value: value)
         self._stores = stores
         self._apart = apart
@@ -274,7 +275,7 @@ class TrajectoryEngine:
         self._apply(generation, found)
 
     def _apply(self, generation: Generation, found: Calibration) -> None:
-        learned = self.goal.choose(found)
+        learned = self.chosen = self.goal.choose(found, self._given is not None)
         if learned is None or learned.plan.is_full:
             return
         layout = generation.layout
@@ -331,7 +332,7 @@ class TrajectoryEngine:
         plan = generation.evaluated
         steps = max(len(plan), 1)
         share = sum(plan) / (2 * steps)
-        learned = self.goal.choose(calibration) if calibration is not None and generation.plan is not None else None
+        learned = self.chosen if generation.plan is not None else None
         self._summary = {
             "steps": len(plan),
             "plan": plan,

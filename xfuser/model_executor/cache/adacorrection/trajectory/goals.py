@@ -63,14 +63,27 @@ class Goal:
         candidates = range(FULL, FULL * steps + 1, 1 if apart else FULL)
         return min(candidates, key=lambda units: abs(_speedup_at(units, steps, timing) / asked - 1))
 
-    def choose(self, calibration: Calibration) -> Learned | None:
-        """Find the learned plan that serves the goal; ``None`` where it has to be learned first."""
+    def choose(self, calibration: Calibration, given: bool = False) -> Learned | None:
+        """Find the learned plan that serves the goal; ``None`` where it has to be learned first.
+
+        Args:
+            calibration: What is known.
+            given: Nothing more will be learned: the best plan within the goal is taken.
+
+        Raises:
+            ValueError: No plan of a given calibration is within the goal.
+        """
         learned = sorted(calibration.learned.values(), key=lambda each: sum(each.plan.kinds))
         if self.by_quality:
             enough = [each for each in learned if (each.predicted_psnr or 0) >= float(self.config.min_psnr or 0)]
+            if given:
+                return _named(enough, learned)[0]
             searched = calibration.notes.get("searched_psnr", [])
             return enough[0] if enough and self.config.min_psnr in searched else None
         units = self.units(calibration.steps, calibration.timing, calibration.apart and self.config.branches_apart)
+        if given:
+            within = _named([each for each in learned if sum(each.plan.kinds) <= units], learned)
+            return max(within, key=lambda each: sum(each.plan.kinds))
         within = [each for each in learned if units - NEAR < sum(each.plan.kinds) <= units]
         if not within:
             return None
@@ -94,6 +107,13 @@ class Goal:
             timing = calibration.timing
             speedup = calibration.steps * (timing["denoiser"] + timing["outside"]) / seconds
         return {"speedup": speedup, "budget": share}
+
+
+def _named(within: list[Learned], learned: list[Learned]) -> list[Learned]:
+    if within:
+        return within
+    known = ", ".join(f"{each.plan.cost:.2f} ({each.predicted_psnr or 0:.1f} dB)" for each in learned)
+    raise ValueError(f"calibration: it knows no plan within the goal, only budgets {known}; use calibration='auto'")
 
 
 def _speedup_at(units: int, steps: int, timing: dict[str, float]) -> float:
