@@ -35,6 +35,7 @@ NOT_DENOISERS = (
     *("vae", "vqvae", "vqgan", "movq", "autoencoder", "text", "image", "safety", "vocoder", "projection", "feature"),
     *("watermark", "tokenizer", "language", "clip", "connectors", "transcoder", "bert", "latent_upsampler"),
 )
+STEP_ARGUMENTS = ("model_output", "timestep", "sample")
 
 
 class TrajectoryEngine:
@@ -213,26 +214,23 @@ class TrajectoryEngine:
         return self.generation
 
     def _wrap_step(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        names = list(inspect.signature(original).parameters)[:3]
+        signature = inspect.signature(original)
+        # Some schedulers take more before the sample (CogVideoXDPM), so arguments are told by name.
+        named = tuple(name if name in signature.parameters else None for name in STEP_ARGUMENTS)
+        names = named if None not in named else tuple(signature.parameters)[:3]
 
         def step(*args: Any, **kwargs: Any) -> Any:
-            generation = self.generation
-            if generation is None and self._observer is None:
+            generation, observer = self.generation, self._observer
+            if generation is None and observer is None:
                 return original(*args, **kwargs)
-            given = {**dict(zip(names, args, strict=False)), **kwargs}
-            three = [given.pop(name) for name in names]
-            rest = args[3:]
-
-            def call(output: Any, timestep: Any, sample: Any, *others: Any, **keywords: Any) -> Any:
-                return original(output, timestep, sample, *others, **keywords)
-
-            if self._observer is not None or generation is None:
+            bound = signature.bind(*args, **kwargs)
+            if generation is None or observer is not None:
                 result = original(*args, **kwargs)
-                if self._observer is not None:
-                    self._observer.see(three[2], prev_sample_of(result))
+                if observer is not None:
+                    observer.see(bound.arguments[names[2]], prev_sample_of(result))
                 return result
-            keywords = {name: value for name, value in given.items() if name not in names}
-            return generation.end_step(call, *three, rest, keywords, self._decide)
+            output, timestep, sample = (bound.arguments[name] for name in names)
+            return generation.end_step(lambda: original(*args, **kwargs), output, timestep, sample, self._decide)
 
         return step
 

@@ -175,15 +175,21 @@ class Generation:
 
     def end_step(
         self,
-        original: Callable[..., Any],
+        take: Callable[[], Any],
         output: torch.Tensor,
         timestep: Any,
         sample: torch.Tensor,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
         decide: Callable[[Generation], None],
     ) -> Any:
-        """Take the scheduler's step, and correct what comes out of it."""
+        """Take the scheduler's step, and correct what comes out of it.
+
+        Args:
+            take: Takes the step.
+            output: The model output that the scheduler receives.
+            timestep: The step's.
+            sample: The latent that it receives.
+            decide: Called at the end of the first step's evaluation, when its layout is known.
+        """
         if self.step == 0:
             self.layout = find_layout(self._slots, sample, output)
             self.batch = self.layout.fold(sample).shape[0]
@@ -202,11 +208,11 @@ class Generation:
         begin = time.perf_counter()
         if self.recording is not None:
             latents = layout.fold(sample)
-            self.recording.add(latents, self._newest(latents), layout.fold(output))
+            self.recording.add(latents, self._newest(latents), beside(layout.fold(output), latents))
             if self.fit is None and self._keeps_raw:
                 self.recording.raw.append([_whole(slot) for slot in self._slots])
         self._spent_recording += time.perf_counter() - begin
-        result = original(output, timestep, sample, *args, **kwargs)
+        result = take()
         result = self._corrected(result, sample)
         self.evaluated.append(kind)
         self._close_step(result)
@@ -238,7 +244,7 @@ class Generation:
         layout = self.layout
         assert layout is not None
         if not layout.places:
-            return [self._guided.outputs[0][1]]
+            return [beside(self._guided.outputs[0][1], latents)]
         branches = [layout.branch(self._slots, index) for index in range(layout.branches)]
         return [beside(branch.outputs[0][1], latents) for branch in branches]
 

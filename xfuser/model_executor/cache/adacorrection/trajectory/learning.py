@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from xfuser.model_executor.cache.adacorrection.trajectory.engine import TrajectoryEngine
 
 CALLBACKS = ("callback", "callback_on_step_end")
-SAME = 1e-3  # relative difference of two runs' first latents above which they are not of the same noise
+EXACT = 100.0  # dB, where nothing differs
 
 
 @dataclass
@@ -306,12 +306,13 @@ class Learner:
             return []
         present = goal.choose(calibration)
         plan = present.plan if present is not None else self.placements(calibration, units)[0]
-        return [] if plan.is_full else [plan]
+        return [plan]
 
     def placements(self, calibration: Calibration, units: int) -> list[Plan]:
         """List the candidates for a budget, the one that is taken unseen first."""
         apart = calibration.apart and self._engine.config.branches_apart
-        units = min(units, FULL * calibration.steps)
+        if units >= FULL * calibration.steps:
+            return [Plan.full(calibration.steps)]
         whole = max(1, units // FULL)
         plans = []
         if apart:
@@ -332,9 +333,8 @@ class Learner:
         for units in dict.fromkeys(budgets):
             fitted = []
             for plan in self.placements(calibration, units):
-                if not plan.is_full:
-                    fitted.append(self.fit(calibration, plan, samples))
-                    progress()
+                fitted.append(self.fit(calibration, plan, samples))
+                progress()
             # What does not beat another placement of the same cost is not kept.
             for each in sorted(fitted, key=lambda known: known.predicted_psnr or 0.0)[:-1]:
                 del calibration.learned[each.plan.digest]
@@ -351,9 +351,7 @@ class Learner:
             psnr = self.fit(calibration, plan, samples).predicted_psnr
             low, high = (low, middle) if psnr is not None and psnr >= wanted else (middle, high)
         if high == FULL * calibration.steps:
-            calibration.learned[Plan.full(calibration.steps).digest] = Learned(
-                Plan.full(calibration.steps), psnr=[100.0]
-            )
+            self.fit(calibration, Plan.full(calibration.steps), samples)
         calibration.notes["searched_psnr"] = [*calibration.notes.get("searched_psnr", []), self._engine.config.min_psnr]
 
     # -- replays ------------------------------------------------------------------------------------------------------
@@ -361,6 +359,8 @@ class Learner:
     def fit(self, calibration: Calibration, plan: Plan, samples: list[Sample]) -> Learned:
         """Learn one plan's weights: every sample is replayed in turn, with what the ones before it have shown."""
         learned = calibration.learned.get(plan.digest) or Learned(plan)
+        if plan.is_full:  # exact, and without weights
+            samples, learned.psnr = [], [EXACT]
         for sample in samples:
             raw = None if self._engine.config.replay else sample.recording.raw
             fit = Fit.of(sample.reference, learned.equations, raw)
@@ -440,4 +440,4 @@ def _psnr(sample: Sample, pixels: tuple[np.ndarray, float] | None, last: torch.T
         ours, theirs, decoded = last.numpy(), sample.reference[-1].numpy(), False
         peak = float(np.ptp(theirs)) or 1.0
     errors = np.square(ours - theirs).reshape(len(ours), -1).mean(axis=1)
-    return [float(min(100.0, 10 * np.log10(peak**2 / max(error, 1e-20)))) for error in errors], decoded
+    return [float(min(EXACT, 10 * np.log10(peak**2 / max(error, 1e-20)))) for error in errors], decoded
