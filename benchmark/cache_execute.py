@@ -35,7 +35,7 @@ from benchmark.common import (  # noqa: E402
 )
 from benchmark.judge import Judge  # noqa: E402
 from benchmark.measure import Run, measure  # noqa: E402
-from benchmark.rows import SUFFIX, Correction, Row, build_rows, wanted_methods  # noqa: E402
+from benchmark.rows import SUFFIX, Correction, Row, build_rows, on_trajectory, wanted_methods  # noqa: E402
 from benchmark.sweep import INTERVALS, POINTS, RANGE, Sweep, build_sweep, left_out  # noqa: E402
 from xfuser.config.arguments import (  # noqa: E402
     add_base_arguments,
@@ -61,9 +61,11 @@ from xfuser.core.distributed.failing import begin_together, end, watch  # noqa: 
 from xfuser.core.distributed.launch import start_processes  # noqa: E402
 from xfuser.core.distributed.mesh import ParallelMesh  # noqa: E402
 from xfuser.core.files import write_json  # noqa: E402
+from xfuser.model_executor.cache.adacorrection.trajectory.calibration import is_trajectory  # noqa: E402
 from xfuser.model_executor.parallel import check_combination  # noqa: E402
 from xfuser.model_executor.pipelines import MODEL_TYPES, LoadedPipeline, load_pipeline  # noqa: E402
 from xfuser.model_executor.pipelines.generate import save_image  # noqa: E402
+from xfuser.model_executor.pipelines.loading import shipped_tiny_dit  # noqa: E402
 from xfuser.model_executor.pipelines.outline import outline  # noqa: E402
 from xfuser.report import comparison_sheet, frontier_table, results_table, write_report  # noqa: E402
 
@@ -132,7 +134,7 @@ def traces_of(runs: list[Run]) -> dict[str, dict[str, Any]]:
     """Decisions and errors of each corrected row's last batch, for the heat maps."""
     traces = {}
     for run in runs:
-        if run.row.config.mode is None or not run.row.kept:
+        if run.row.config.mode is None or not run.row.kept or run.row.trajectory is not None:
             continue
         summary = run.summary
         names = {"evaluated": "plan", "predicted": "predicted_errors", "true": "true_errors", "weights": "weights"}
@@ -141,20 +143,43 @@ def traces_of(runs: list[Run]) -> dict[str, dict[str, Any]]:
     return traces
 
 
+def trajectory_calibration(args: argparse.Namespace, corrects: bool, named: str | None) -> Path | None:
+    """The calibration with which corrected rows work on the trajectory: the one named, or the one shipped for DDIM.
+
+    ``None`` where a setting of the block level is named, ranks share the images, or there is none.
+    """
+    if not corrects:
+        return None
+    blocks = correction_settings(args, True).keys() - {"enable_adacorrection"}
+    if blocks or args.approximation or args.match_compute or args.sweep or parallel_config(args).world_size > 1:
+        return None
+    if named is not None:
+        return Path(named) if args.calibration is None else None
+    if args.model_type != "tiny-dit" or args.model is not None:
+        return None
+    shipped = shipped_tiny_dit() / "calibration" / "trajectory" / f"ddim-{args.num_inference_steps}.safetensors"
+    return shipped if shipped.is_file() else None
+
+
 def rows_to_run(args: argparse.Namespace) -> tuple[list[Row], Sweep | None]:
     """The rows that a command line asks for.
 
     Raises:
         ValueError: Its settings are unknown or contradict each other.
     """
+    named = args.calibration
+    if named is not None and Path(named).is_file() and is_trajectory(Path(named)):
+        args.calibration = None  # nothing of it is for the base methods
     bases = bases_of(args, args.cache_ratio_threshold)
     corrects = args.enable_adacorrection or any(name == "All" or SUFFIX in name for name in args.cache_methods)
     if args.match_compute and not corrects:
         raise ValueError("--match_compute matches corrected rows; name X+AdaCorrection, or --enable_adacorrection")
+    calibration = trajectory_calibration(args, corrects, named)
     correction = Correction(correction_settings(args, corrects), args.approximation, args.match_compute)
     wanted = wanted_methods(args.cache_methods, bases, args.enable_adacorrection)
     if args.sweep is None:
-        return build_rows(wanted, bases, correction), None
+        rows = build_rows(wanted, bases, correction)
+        return (rows if calibration is None else on_trajectory(rows, calibration)), None
     if args.interval is not None:
         raise ValueError(f"--interval: --sweep takes {', '.join(map(str, INTERVALS))} in turn; leave one of them out")
     sweep = build_sweep(wanted, bases, correction, args.sweep)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from benchmark.measure import Run
+from benchmark.rows import BLOCKS
 from xfuser.metrics import (
     FeatureNetwork,
     Interval,
@@ -89,6 +90,7 @@ class Judge:
             opponents: tuple[str | None, ...] = ()
             if run.row.config.mode is not None:
                 opponents = (base, f"{base}[{stand_in}]", f"None[steps of {base}]")
+                opponents += (f"{run.row.method}{BLOCKS}",) if run.row.trajectory is not None else ()
             elif run.row.method == f"{base}[{stand_in}]":
                 opponents = (base, f"{base}[taylor-1]") if stand_in == "fitted" else (base,)
             pairs += [(run, by_method[name]) for name in opponents if name in by_method]
@@ -165,6 +167,8 @@ def _settings(run: Run) -> dict[str, Any]:
     settings["approximation"] = run.row.config.stand_in
     if run.row.config.mode is not None:
         settings["adacorr_mode"] = run.row.config.mode
+    if run.row.trajectory is not None:
+        settings = {"level": "trajectory", "calibration": run.row.trajectory.name}
     if run.row.matched:
         settings["adacorr_budget"] = "the base method's own share, batch by batch"
     if run.match is not None:

@@ -18,6 +18,8 @@ from xfuser.config import CacheConfig
 from xfuser.core.distributed.environment import synchronize
 from xfuser.core.distributed.mesh import ParallelMesh
 from xfuser.model_executor.cache import CacheEngine, apply_cache_on_pipeline
+from xfuser.model_executor.cache.adacorrection.trajectory import TrajectoryEngine, attach_trajectory
+from xfuser.model_executor.cache.adacorrection.trajectory.calibration import Calibration
 from xfuser.model_executor.cache.flops import StepFlops
 from xfuser.model_executor.parallel import ParallelPipeline, parallelize
 from xfuser.model_executor.pipelines import LoadedPipeline
@@ -259,7 +261,7 @@ class _Measurement:
         steps = sampling.num_inference_steps
         if run.row.fewer_steps:
             steps = max(1, round(steps * self._spent_by_base(run)))
-        attached, engine = self._attach(config)
+        attached, engine = self._attach(run, config)
         if engine is not None:
             engine.learn_flops(run.flops)
         try:
@@ -277,8 +279,8 @@ class _Measurement:
             synchronize(device)
             seconds = time.perf_counter() - begin
             saved = 1 - steps / sampling.num_inference_steps
-            cached = engine is not None and config.use_cache is not None
-            summary = engine.summary() if cached else {"hit_rate": 0.0, "flops_saved": saved, "non_finite": 0}
+            cached = attached is not None and config.use_cache is not None
+            summary = attached.summary() if cached else {"hit_rate": 0.0, "flops_saved": saved, "non_finite": 0}
             run.flops = engine.known_flops() if engine else None
         finally:
             if attached is not None:
@@ -288,8 +290,15 @@ class _Measurement:
         run.summary = summary
         return Outcome(images, seconds, steps, summary)
 
-    def _attach(self, config: CacheConfig) -> tuple[CacheEngine | ParallelPipeline | None, CacheEngine | None]:
+    def _attach(
+        self, run: Run, config: CacheConfig
+    ) -> tuple[CacheEngine | ParallelPipeline | TrajectoryEngine | None, CacheEngine | None]:
         """What has to be removed again, and the engine in it; nothing is attached to an uncached single process."""
+        if run.row.trajectory is not None:
+            known = Calibration.load(run.row.trajectory)
+            least = min(each.plan.cost for each in known.learned.values())
+            budget = max(self._spent_by_base(run), least)
+            return attach_trajectory(self.loaded.pipeline, adacorr_budget=budget, calibration=run.row.trajectory), None
         if self.mesh is not None and self.mesh.world_size > 1:
             spread = parallelize(self.loaded.pipeline, self.mesh, **vars(config))
             return spread, spread.engine

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from xfuser.config import CacheConfig
@@ -10,6 +11,7 @@ from xfuser.config.cache import reads_calibration
 from xfuser.model_executor.cache.policies import POLICIES
 
 SUFFIX = "+AdaCorrection"
+BLOCKS = "[blocks]"
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Row:
         searched: Whether a setting of its correction is searched so that it saves as many FLOPs as the base method.
         fewer_steps: Whether it runs without a cache, on the share of the steps that the base method evaluates.
         kept: Whether all its images are kept and shown, not only scored.
+        trajectory: A calibration; what the base method spends is then spent on the trajectory instead of on blocks.
     """
 
     method: str
@@ -33,6 +36,7 @@ class Row:
     searched: bool = False
     fewer_steps: bool = False
     kept: bool = True
+    trajectory: Path | None = None
 
 
 def base_names() -> list[str]:
@@ -87,6 +91,17 @@ def build_rows(wanted: dict[str, bool], bases: dict[str, dict[str, Any]], correc
     for base, corrected in wanted.items():
         rows += rows_of(base, bases[base], corrected, correction)
     return rows
+
+
+def on_trajectory(rows: list[Row], calibration: Path) -> list[Row]:
+    """Let each corrected row spend its base's compute on the trajectory; the blocks' own follows as X+…[blocks]."""
+    spread: list[Row] = []
+    for row in rows:
+        if row.matched:
+            spread.append(replace(row, trajectory=calibration))
+            row = replace(row, method=f"{row.method}{BLOCKS}")
+        spread.append(row)
+    return spread
 
 
 def uncached() -> Row:

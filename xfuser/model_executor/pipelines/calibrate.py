@@ -40,7 +40,7 @@ def calibrate_trajectory(args: argparse.Namespace, loaded: LoadedPipeline, reque
     finally:
         engine.remove()
     calibration.notes |= {"model": loaded.name, "seed": request.seed, "guidance_scale": request.guidance_scale}
-    calibration.save(args.output)
+    calibration.save(args.output, compact=True)
     Console().print(choices(calibration))
     Console().print(f"{args.output}: {calibration.images} images, {calibration.steps} steps", markup=False)
     return calibration

@@ -78,8 +78,13 @@ class Calibration:
     def steps(self) -> int:
         return self.gram.steps
 
-    def save(self, path: Path) -> None:
-        """Write PATH (safetensors) and PATH with .json, under temporary names until they are whole."""
+    def save(self, path: Path, compact: bool = False) -> None:
+        """Write PATH (safetensors) and PATH with .json, under temporary names until they are whole.
+
+        Args:
+            path: The file.
+            compact: Leave out the normal equations, without which nothing more can be learned into it.
+        """
         tensors: dict[str, torch.Tensor] = {"gram": torch.from_numpy(self.gram.matrix)}
         plans = []
         for index, known in enumerate(self.learned.values()):
@@ -90,11 +95,12 @@ class Calibration:
                     "psnr": known.psnr,
                     "decoded": known.decoded,
                     "images": known.equations[0].images if known.equations else 0,
+                    "compact": compact or not known.equations,
                 }
             )
             for step, weights in enumerate(known.weights):
                 tensors[f"{index}.{step}.weights"] = weights
-                for name in ("inner", "target", "size"):
+                for name in () if compact else ("inner", "target", "size"):
                     tensors[f"{index}.{step}.{name}"] = getattr(known.equations[step], name).contiguous()
         document = {
             "schema": SCHEMA,
@@ -138,6 +144,8 @@ class Calibration:
             known = Learned(plan, shrinkage=entry["shrinkage"], psnr=entry["psnr"], decoded=entry["decoded"])
             for step in range(len(entry["shrinkage"])):
                 known.weights.append(tensors[f"{index}.{step}.weights"])
+                if entry["compact"]:
+                    continue
                 three = (tensors[f"{index}.{step}.{name}"] for name in ("inner", "target", "size"))
                 known.equations.append(NormalEquations(*three, entry["images"]))
             learned[plan.digest] = known

@@ -63,7 +63,7 @@ class TrajectoryEngine:
         self.calibration: Calibration | None = None
         self.chosen: Learned | None = None
         self._agree = agree or (lambda value: value)
-        self._stores = stores
+        self.stores = stores
         self._apart = apart
         self._given = None if config.calibration == AUTO else Calibration.load(Path(config.calibration))
         self._known: dict[str, Calibration] = {}
@@ -310,7 +310,7 @@ class TrajectoryEngine:
         learned = self._learner.learn(generation, original, args, kwargs, random, result)
         self._known[learned.key] = self.calibration = learned
         self.learned_generations += 1
-        if self._stores:
+        if self.stores:
             self.store.keep(learned)
 
     def agree(self, value: Any) -> Any:

@@ -171,7 +171,7 @@ class Learner:
         self._learn_budgets(calibration, samples, budgets, progress)
         calibration = engine.agree(calibration)
         engine._known[calibration.key] = engine.calibration = calibration
-        if engine._stores:
+        if engine.stores:
             engine.store.keep(calibration)
         return calibration
 

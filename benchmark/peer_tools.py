@@ -1,0 +1,328 @@
+"""What the comparison with other projects counts, forecasts with, and shows."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.table import Table
+from torch import nn
+
+from xfuser.report.style import COLOURS, DPI, png
+
+TEMPERED = 1e-10  # share of the mean power added to a least-squares fit, against rounding only
+
+
+class BlockCounter:
+    """Counts what modules really work: calls × batch rows × tokens × their weight, whoever skips them.
+
+    It has to be put on before any cache, so that it wraps the module's own forward and a skipped call is not counted.
+    """
+
+    def __init__(self, weighted: Iterable[tuple[nn.Module, float]]) -> None:
+        self.work = 0.0
+        self._wrapped: list[nn.Module] = []
+        for module, weight in weighted:
+            self._wrap(module, weight)
+
+    @classmethod
+    def of_blocks(cls, transformer: nn.Module) -> BlockCounter:
+        """Count whole blocks, all of them alike."""
+        return cls((block, 1.0) for block in transformer.transformer_blocks)
+
+    @classmethod
+    def of_parts(cls, transformer: nn.Module) -> BlockCounter:
+        """Count each block's attention and feed-forward by their FLOPs, for caches that work inside of blocks."""
+        config = transformer.config
+        width = config.num_attention_heads * config.attention_head_dim
+        tokens = (config.sample_size // config.patch_size) ** 2
+        attention, forward = 4 * width**2 + 2 * tokens * width, 8 * width**2
+        blocks = transformer.transformer_blocks
+        return cls(pair for block in blocks for pair in ((block.attn1, attention), (block.ff, forward)))
+
+    def take(self) -> float:
+        """Return the work since the last call of this, and begin again."""
+        work, self.work = self.work, 0.0
+        return work
+
+    def undo(self) -> None:
+        """Take the wrappers off; what was attached since must be gone already."""
+        for module in self._wrapped:
+            del module.forward
+
+    def _wrap(self, module: nn.Module, weight: float) -> None:
+        original = module.forward
+
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden_states = args[0] if args else kwargs["hidden_states"]
+            self.work += weight * hidden_states.shape[0] * hidden_states.shape[1]
+            return original(*args, **kwargs)
+
+        module.forward = forward
+        self._wrapped.append(module)
+
+
+class HeldBytes:
+    """Measures what a method holds between steps: tensors alive as a later step begins, less those as the first does.
+
+    The hook is the transformer's, so it sees the calls that the pipeline makes, which may be fewer than the steps; the
+    most that was held at any sixth of the steps is reported. Storages are counted once.
+    """
+
+    def __init__(self, transformer: nn.Module, steps: int) -> None:
+        self._held: list[int] = []
+        self._calls, self._every = 0, max(1, steps // 6)
+        self._handle = transformer.register_forward_pre_hook(self._see)
+
+    @property
+    def difference(self) -> int | None:
+        """Bytes, or None where no later step was seen."""
+        return max(self._held[1:]) - self._held[0] if len(self._held) > 1 else None
+
+    def remove(self) -> None:
+        self._handle.remove()
+
+    def _see(self, module: nn.Module, inputs: Any) -> None:
+        if self._calls % self._every == 0:
+            self._held.append(bytes_alive())
+        self._calls += 1
+
+
+def bytes_alive() -> int:
+    """Sum the sizes of all storages that some tensor of this process refers to."""
+    gc.collect()
+    storages = {}
+    for each in gc.get_objects():
+        # Never isinstance here: it asks proxies of all kinds for their class, and some of them import things.
+        if issubclass(type(each), torch.Tensor) and each.layout is torch.strided and each.device.type != "meta":
+            storage = each.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+class Forecaster(Protocol):
+    """What stands in for a step that is not evaluated."""
+
+    def clear(self) -> None: ...
+
+    def remember(self, step: int, output: torch.Tensor, evaluated: bool) -> None: ...
+
+    def predict(self, step: int) -> torch.Tensor: ...
+
+
+class Polynomial:
+    """Forecasts with the last evaluated output (order 0), or the straight line through the last two (order 1)."""
+
+    def __init__(self, order: int) -> None:
+        if order not in (0, 1):
+            raise ValueError(f"order is {order}; expected 0 or 1")
+        self._known: deque[tuple[int, torch.Tensor]] = deque(maxlen=order + 1)
+
+    def clear(self) -> None:
+        self._known.clear()
+
+    def remember(self, step: int, output: torch.Tensor, evaluated: bool) -> None:
+        if evaluated:
+            self._known.append((step, output))
+
+    def predict(self, step: int) -> torch.Tensor:
+        last, newest = self._known[-1]
+        if len(self._known) == 1:
+            return newest
+        before, older = self._known[0]
+        return newest + (step - last) / (last - before) * (newest - older)
+
+
+class Weighted:
+    """Forecasts each step as its own linear combination of all outputs before it, forecast ones among them."""
+
+    def __init__(self, weights: torch.Tensor) -> None:
+        self._weights = weights
+        self._outputs: list[torch.Tensor] = []
+
+    def clear(self) -> None:
+        self._outputs.clear()
+
+    def remember(self, step: int, output: torch.Tensor, evaluated: bool) -> None:
+        self._outputs.append(output)
+
+    def predict(self, step: int) -> torch.Tensor:
+        weights = self._weights[step, :step].to(self._outputs[0].dtype)
+        return torch.tensordot(weights, torch.stack(self._outputs), dims=1)
+
+
+class StepCache:
+    """Evaluates the denoiser at chosen steps only; a forecaster gives its output at the others."""
+
+    def __init__(self, transformer: nn.Module, steps: int, evaluated: Sequence[int], forecaster: Forecaster) -> None:
+        if 0 not in evaluated:
+            raise ValueError("step 0 has nothing before it to be forecast from; it must be evaluated")
+        self._steps, self._evaluated, self._forecaster = steps, frozenset(evaluated), forecaster
+        self._step = 0
+        self._original = transformer.forward
+        transformer.forward = self._forward
+
+    def _forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+        step, self._step = self._step, (self._step + 1) % self._steps
+        if step == 0:
+            self._forecaster.clear()
+        evaluated = step in self._evaluated
+        if evaluated:
+            output = self._original(*args, return_dict=False, **kwargs)[0]
+        else:
+            output = self._forecaster.predict(step)
+        self._forecaster.remember(step, output, evaluated)
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+
+def evenly(count: int, steps: int) -> list[int]:
+    """Choose ``count`` of ``steps`` steps, evenly spaced from the first one on."""
+    return [index * steps // count for index in range(count)]
+
+
+def record_outputs(transformer: nn.Module, generate: Callable[[], None]) -> torch.Tensor:
+    """Run uncached and return the denoiser's outputs, float64 [steps, values]."""
+    outputs: list[torch.Tensor] = []
+
+    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+        outputs.append(output[0].detach().double().flatten())
+
+    handle = transformer.register_forward_hook(keep)
+    try:
+        generate()
+    finally:
+        handle.remove()
+    return torch.stack(outputs)
+
+
+def fit_least_squares(outputs: torch.Tensor) -> torch.Tensor:
+    """Fit each step's weights on the recorded outputs before it, [steps, steps], by least squares."""
+    products = outputs @ outputs.T
+    steps = len(products)
+    ridge = TEMPERED * products.diagonal().mean() * torch.eye(steps, dtype=products.dtype)
+    weights = torch.zeros_like(products)
+    for step in range(1, steps):
+        tempered = products[:step, :step] + ridge[:step, :step]
+        weights[step, :step] = torch.linalg.solve(tempered, products[:step, step])
+    return weights
+
+
+def fit_descent(outputs: torch.Tensor, rounds: int = 201, rate: float = 0.01) -> torch.Tensor:
+    """Fit the same weights as L2P's authors do: Adam on the mean squared error, from "repeat the last output" on.
+
+    All that the error needs of the outputs are their products, which makes a round cheap.
+    """
+    products = outputs @ outputs.T / outputs.shape[1]
+    steps = len(products)
+    past = torch.ones_like(products).tril(-1)
+    weights = torch.diag_embed(torch.ones(steps - 1, dtype=products.dtype), offset=-1).requires_grad_()
+    optimizer = torch.optim.Adam([weights], lr=rate)
+    with torch.enable_grad():
+        for _ in range(rounds):
+            used = (weights * past)[1:]
+            error = ((used @ products) * used).sum() - 2 * (used * products[1:]).sum()
+            optimizer.zero_grad()
+            (error / (steps - 1)).backward()
+            optimizer.step()
+    return (weights * past).detach()
+
+
+def worst_tenth(values: np.ndarray) -> float:
+    """Average the lowest tenth of the values [N], of at least one."""
+    count = max(1, round(len(values) / 10))
+    return float(np.sort(np.asarray(values, dtype=np.float64))[:count].mean())
+
+
+@contextlib.contextmanager
+def environment(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable for a while."""
+    previous = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if previous is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = previous
+
+
+def plain(value: Any) -> Any:
+    """Turn what a summary holds into what JSON can hold, long sequences of it left out."""
+    if isinstance(value, dict):
+        return {str(name): plain(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(each) for each in value] if len(value) <= 64 else f"{len(value)} values"
+    if isinstance(value, float):
+        return value if value == value and abs(value) != float("inf") else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+
+
+def table_of(rows: Sequence[dict[str, Any]]) -> Table:
+    """Lay the rows out for the terminal; a row that does not run says so."""
+    table = Table(title="PSNR, SSIM and FID to the uncached images, KID to real ones; fine: PSNR to the fine solution")
+    table.add_column("row", no_wrap=True)
+    titles = ("compute", "inside", "speed-up", "PSNR", "worst 10%", "fine", "worst 10%", "SSIM", "FID", "KID", "MB")
+    for title in titles:
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in rows:
+        if row["does_not_run"]:
+            continue
+        fid, held = row["fid_vs_uncached"], row["bytes_held"]
+        table.add_row(
+            row["row"],
+            f"{row['compute']:.3f}",
+            f"{row['compute_inside']:.3f}",
+            f"{row['speedup']:.2f}×",
+            f"{row['psnr']['value']:.2f}",
+            f"{row['psnr_worst_tenth']:.2f}",
+            f"{row['psnr_fine']['value']:.2f}",
+            f"{row['psnr_fine_worst_tenth']:.2f}",
+            f"{row['ssim']['value']:.4f}",
+            "—" if fid is None else f"{fid['value']:.3f}",
+            "—" if fid is None else f"{row['kid_vs_real']:.4f}",
+            "—" if held is None else f"{held / 1e6:.1f}",
+        )
+    return table
+
+
+def frontier_picture(rows: Sequence[dict[str, Any]], ours: str) -> bytes:
+    """Draw PSNR over work, one line a family, ``ours`` thick: to the uncached images and to the fine solution."""
+    families: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if not row["does_not_run"] and row["settings"]:
+            families.setdefault(row["family"], []).append(row)
+    figure = Figure(figsize=(12, 10), dpi=DPI, facecolor="white")
+    FigureCanvasAgg(figure)
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    figure.subplots_adjust(left=0.07, right=0.74, top=0.98, bottom=0.06, hspace=0.06)
+    for axes, key, what in ((upper, "psnr", "the uncached images"), (lower, "psnr_fine", "the fine solution")):
+        for index, (family, members) in enumerate(families.items()):
+            members = sorted(members, key=lambda row: row["compute_inside"])
+            axes.plot(
+                [row["compute_inside"] for row in members],
+                [row[key]["value"] for row in members],
+                color="black" if family == ours else COLOURS[index % len(COLOURS)],
+                linestyle=("-", "--", ":", "-.")[index // len(COLOURS) % 4],
+                marker="osD^vPX*"[index % 8],
+                markersize=5,
+                linewidth=2.4 if family == ours else 1.2,
+                label=family,
+            )
+        axes.set_ylabel(f"PSNR to {what} (dB)")
+        axes.grid(alpha=0.25)
+    lower.set_xlabel("share of the uncached run's work, counted inside the blocks")
+    if families:
+        upper.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=8)
+    return png(figure)
