@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
+from accelerate.hooks import CpuOffload, add_hook_to_module
 from pipeline_zoo import ZOO, Case
 
 from xfuser import apply_cache_on_pipeline
@@ -84,6 +86,52 @@ def test_pipeline(name: str) -> None:
     engine.remove()
     assert np.array_equal(draw(case, pipeline), expected), "removing left something behind"
     assert classes == (type(pipeline), *(type(getattr(pipeline, each)) for each in denoiser_names(pipeline)))
+
+
+def test_group_offloading(tmp_path: Path) -> None:
+    case = ZOO["PixArtAlphaPipeline"]
+    images = []
+    for offloaded in (False, True):
+        pipeline = case.build()
+        if offloaded:
+            cpu = torch.device("cpu")
+            pipeline.transformer.enable_group_offload(cpu, cpu, offload_type="block_level", num_blocks_per_group=1)
+        engine = apply_cache_on_pipeline(pipeline, adacorr_budget=0.5, store=tmp_path / str(offloaded))
+        images.append([draw(case, pipeline), draw(case, pipeline, seed=1)])
+        assert engine.summary()["evaluated_share"] <= 0.5
+    assert np.array_equal(images[0], images[1])
+
+
+def test_model_offloading_moves_nothing_in_a_skipped_step(tmp_path: Path) -> None:
+    case = ZOO["PixArtAlphaPipeline"]
+    pipeline = case.build()
+    expected = draw(case, pipeline)
+    hook = CpuOffload(execution_device=torch.device("cpu"))
+    add_hook_to_module(pipeline.transformer, hook)
+    engine = apply_cache_on_pipeline(pipeline, adacorr_budget=0.5)
+    assert np.array_equal(draw(case, pipeline), expected)
+    draw(case, pipeline, seed=1)
+    assert engine.summary()["evaluated_share"] <= 0.5
+    engine.remove()
+    assert np.array_equal(draw(case, pipeline), expected)
+
+
+def test_a_lora_is_learned_anew() -> None:
+    case = ZOO["FluxPipeline"]
+    pipeline = case.build()
+    engine = apply_cache_on_pipeline(pipeline, adacorr_budget=0.5)
+    draw(case, pipeline)
+    torch.manual_seed(0)
+    adapter = peft.LoraConfig(r=4, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    pipeline.transformer.add_adapter(adapter, adapter_name="style")
+    for times in (2, 2):
+        draw(case, pipeline)
+        assert engine.summary()["learned_generations"] == times
+    assert engine.summary()["evaluated_share"] <= 0.5
+    pipeline.transformer.disable_adapters()
+    draw(case, pipeline)
+    assert engine.summary()["learned_generations"] == 3, "an adapter that is switched off is another model"
+    engine.remove()
 
 
 def _interrupt(case: Case, pipeline: Any) -> None:

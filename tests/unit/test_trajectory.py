@@ -171,6 +171,7 @@ def test_what_may_differ_is_used(tiny: Any, attached: Any) -> None:
     draw(tiny, seed=3, images=3, guidance=2.5)
     assert attached.summary()["learned_generations"] == 1
     assert attached.summary()["evaluated_share"] <= 0.5
+    assert attached.summary()["differs"] == ["batch 3, learned with 2"]
 
 
 def test_an_exception_in_the_middle_leaves_nothing_behind(tiny: Any, attached: Any) -> None:

@@ -347,10 +347,17 @@ class TrajectoryEngine:
             "predicted": self.goal.predicted(calibration, learned),
             "got": self.goal.got(calibration, generation.seconds, share, generation.batch),
             "images_known": 0 if calibration is None else calibration.images,
-            "guard": None,
+            "differs": self._differences(generation),
             "not_learned_because": generation.broken,
             "reference": self.config.calibration_reference,
         }
+
+    def _differences(self, generation: Generation) -> list[str]:
+        """Say in which respects that may differ the last generation is not like those that were learned from."""
+        notes = {} if self.calibration is None else self.calibration.notes
+        ours = {"batch": generation.batch, "shape": generation.shape}
+        pairs = ((name, ours[name], notes[name]) for name in ours if name in notes)
+        return [f"{name} {mine}, learned with {known}" for name, mine, known in pairs if mine != known]
 
 
 def denoiser_names(pipeline: Any) -> list[str]:

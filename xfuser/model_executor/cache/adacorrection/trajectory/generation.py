@@ -65,6 +65,7 @@ class Generation:
         self.denoiser_calls = 0
         self.timesteps: list[float] = []
         self.batch = 0
+        self.shape: list[int] = []
         self.not_finite: list[torch.Tensor] = []
         self._slots: list[Slot] = []
         self._call = 0
@@ -192,7 +193,7 @@ class Generation:
         """
         if self.step == 0:
             self.layout = find_layout(self._slots, sample, output)
-            self.batch = self.layout.fold(sample).shape[0]
+            self.batch, *self.shape = self.layout.fold(sample).shape
             if self.layout.halves:
                 self._slots[0].split()
         elif self.layout is not None and self._call != self.layout.calls:
