@@ -104,8 +104,16 @@ def computed_table(
         f"{args.control_across_latency * 1e6:g} µs, block {args.block_seconds * 1e6:g} µs, decision "
         f"{decision_a_block * 1e6:.0f} µs a block"
     )
-    titles = ("GPUs", "layout uncached", "uncached", "layout cached", "cached", "speed-up of the cache", "evaluated")
-    for title in (*titles, "skipped", "statistics", "% of evaluated", "% of skipped"):
+    titles = (
+        "GPUs",
+        "layout uncached",
+        "uncached",
+        "layout cached",
+        "cached",
+        "speed-up of the cache",
+        "on the trajectory",
+    )
+    for title in (*titles, "evaluated", "skipped", "statistics", "% of evaluated", "% of skipped"):
         table.add_column(title, justify="left" if title.startswith("layout") else "right")
     for row in rows:
         table.add_row(
@@ -115,6 +123,7 @@ def computed_table(
             row.layout.name,
             milliseconds(row.cached),
             f"{row.speedup:.2f}×",
+            f"{row.trajectory_speedup:.2f}×",
             milliseconds(row.evaluated),
             milliseconds(row.skipped),
             milliseconds(row.statistics),
@@ -126,7 +135,7 @@ def computed_table(
 
 def plain(row: Extrapolation) -> dict[str, Any]:
     names = {"uncached_layout": row.uncached_layout.name, "layout": row.layout.name}
-    return asdict(row) | names | {"speedup": row.speedup}
+    return asdict(row) | names | {"speedup": row.speedup, "trajectory_speedup": row.trajectory_speedup}
 
 
 def draw(

@@ -84,3 +84,11 @@ def test_the_answer_names_where_the_exchange_shows() -> None:
     assert "is within a tenth of that up to 8" in text
     assert "5% of the evaluated step from 16 devices" in text
     assert "5% of the skipped step from 8 devices" in text
+
+
+def test_the_trajectory_keeps_its_speedup_at_64_devices() -> None:
+    one, many = (extrapolate(FLUX, ranks, SLOW, 0.3, 100) for ranks in (1, 64))
+    assert many.trajectory_speedup / one.trajectory_speedup >= 0.95
+    # By hand: of 1 s a step, 0.3 s and 0.7 skipped steps of 0.5 s.
+    row = extrapolate(FLUX, 1, SLOW, 0.3, 100, skipped_seconds=0.5)
+    assert row.trajectory == pytest.approx(0.3 * row.uncached + 0.35)
