@@ -266,7 +266,7 @@ def answer(name: str, rows: list[Extrapolation], share: float) -> str:
             crossings.append(f"{limit:.0%} of the {kind} step {where}")
     text += (
         f"On the trajectory it is {first.trajectory_speedup:.2f}× on {first.ranks} and "
-        f"{last.trajectory_speedup:.2f}× on {last.ranks}, {last.trajectory_speedup / first.trajectory_speedup:.0%} of it. "
+        f"{last.trajectory_speedup:.2f}× on {last.ranks}. "
     )
     return text + (
         f"The statistics exchange exceeds {', '.join(crossings)}. At {last.ranks} the speed-up would be "

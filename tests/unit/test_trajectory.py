@@ -235,15 +235,15 @@ def test_learned_weights_beat_the_plain_forecast(tiny: Any, tmp_path: Path) -> N
 
 
 def test_min_psnr_takes_the_fewest_evaluations_that_are_predicted_to_reach_it(tiny: Any) -> None:
-    engine = apply_cache_on_pipeline(tiny, min_psnr=38)
+    engine = apply_cache_on_pipeline(tiny, min_psnr=36)
     try:
         draw(tiny, images=4)
         draw(tiny, seed=30, images=4)
         summary = engine.summary()
-        assert summary["predicted"]["psnr"] >= 38
+        assert summary["predicted"]["psnr"] >= 36
         spent = sum(summary["plan"])
         fewer = [each for each in engine.calibration.learned.values() if sum(each.plan.kinds) < spent]
-        assert fewer and all(each.predicted_psnr < 38 for each in fewer)
+        assert fewer and all(each.predicted_psnr < 36 for each in fewer)
     finally:
         engine.remove()
 

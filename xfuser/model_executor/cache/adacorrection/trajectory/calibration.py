@@ -18,6 +18,9 @@ from xfuser.model_executor.cache.adacorrection.trajectory.schedule import Gram
 from xfuser.model_executor.cache.adacorrection.trajectory.weights import NormalEquations
 
 SCHEMA = 1
+# dB, by the square root of the images: on tiny-dit (DDIM 50, five budgets from .16 to .38) replays of one image were 4
+# to 11 dB above other images, those of 16 were .6 to 2.6 above.
+OPTIMISM = 7.0
 KIND = "trajectory"
 
 
@@ -43,7 +46,8 @@ class Learned:
 
     @property
     def predicted_psnr(self) -> float | None:
-        return sum(self.psnr) / len(self.psnr) if self.psnr else None
+        """The mean of the replays, less what the images that weights were learned from are ahead of others."""
+        return sum(self.psnr) / len(self.psnr) - OPTIMISM / len(self.psnr) ** 0.5 if self.psnr else None
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -215,11 +216,12 @@ class Learner:
         last = recording.layout.fold(generation.last_latents)
         recording.latents.append(last.detach().to("cpu", torch.float32, copy=True))
         recording.order_branches()
-        quiet = {name: value for name, value in kwargs.items() if name not in CALLBACKS}
+        positional, named = _by_name(type(self._engine.pipeline).__call__, args, kwargs)
+        quiet = {name: value for name, value in named.items() if name not in CALLBACKS}
 
         def again(**changes: Any) -> Any:
             random.restore()
-            return original(*args, **(quiet | changes))
+            return original(*positional, **(quiet | changes))
 
         key, document = self._engine.key_of(generation)
         sample = Sample(
@@ -409,6 +411,27 @@ class Finer:
     def latents(self) -> list[torch.Tensor]:
         assert self._last is not None
         return [*self._kept, self._last]
+
+
+def _by_name(
+    call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Give positional arguments their names, so that one can be replaced, where the call allows that."""
+    names = []
+    for parameter in list(inspect.signature(call).parameters.values())[1:]:
+        if parameter.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
+            break
+        names.append(parameter.name)
+    if len(names) < len(args):
+        return args, kwargs
+    return (), dict(zip(names, args, strict=False)) | kwargs
+
+
+def _adds_noise(scheduler: Any) -> bool:
+    """Whether a scheduler draws noise at its steps, so that no finer run is the same solution."""
+    name = type(scheduler).__name__.lower()
+    by_name = any(part in name for part in ("ancestral", "ddpm", "sde", "lcm", "tcd", "edmeuler"))
+    return by_name or "sde" in str(getattr(scheduler.config, "algorithm_type", ""))
 
 
 def _grid(scheduler: Any) -> list[float]:
