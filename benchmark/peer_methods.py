@@ -204,12 +204,24 @@ def _cache_dit(steps: int, counts: list[int]) -> Iterator[Peer]:
                     settings | {"calibrator": calibrator or None},
                     functools.partial(_attach_cache_dit, calibrator=calibrator, settings=settings),
                 )
-    for calibrator in ("", "TaylorSeer-1"):
-        for policy in ("slow", "medium", "fast", "ultra"):
+    # What the serving projects that build on it set: fewer steps at the start, no more than three forecast in a row.
+    served = {"max_warmup_steps": 4, "max_continuous_cached_steps": 3}
+    for threshold in RESIDUALS:
+        settings = {"Fn_compute_blocks": 1, "residual_diff_threshold": threshold} | served
+        yield Peer(
+            f"cache-dit F1B0 served TaylorSeer-1 {threshold:g}",
+            "cache-dit F1B0 served TaylorSeer-1",
+            settings | {"calibrator": "TaylorSeer-1"},
+            functools.partial(_attach_cache_dit, calibrator="TaylorSeer-1", settings=settings),
+        )
+    masks: dict[str, str | list[int]] = {policy: policy for policy in ("slow", "medium", "fast", "ultra")}
+    masks |= {f"even {count}": evenly(count, steps) for count in counts}
+    for calibrator in ("", "TaylorSeer-1", "TaylorSeer-2", "DMD", "FoCa"):
+        for name, mask in masks.items():
             family = f"cache-dit mask {calibrator}".strip()
-            settings = {"Fn_compute_blocks": 1, "steps_computation_policy": "static", "mask": policy}
+            settings = {"Fn_compute_blocks": 1, "steps_computation_policy": "static", "mask": mask}
             yield Peer(
-                f"{family} {policy}",
+                f"{family} {name}",
                 family,
                 settings | {"calibrator": calibrator or None},
                 functools.partial(_attach_cache_dit, calibrator=calibrator, settings=settings),
@@ -221,8 +233,11 @@ def _attach_cache_dit(subject: Subject, calibrator: str, settings: dict[str, Any
     import cache_dit
 
     named = {name: value for name, value in settings.items() if name != "mask"}
-    if "mask" in settings:
-        named["steps_computation_mask"] = cache_dit.steps_mask(total_steps=subject.steps, mask_policy=settings["mask"])
+    mask = settings.get("mask")
+    if isinstance(mask, str):
+        named["steps_computation_mask"] = cache_dit.steps_mask(total_steps=subject.steps, mask_policy=mask)
+    elif mask is not None:
+        named["steps_computation_mask"] = [int(step in mask) for step in range(subject.steps)]
     config = cache_dit.DBCacheConfig(Bn_compute_blocks=0, num_inference_steps=subject.steps, **named)
     calibrators: dict[str, Callable[[], Any]] = {
         "": lambda: None,
@@ -334,11 +349,9 @@ def _mag(subject: Subject, threshold: float, longest: int) -> None:
     apply_mag_cache(subject.transformer, MagCacheConfig(calibrate=True, **config))
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         subject.calibrate()
-    ratios = next(json.loads(line) for line in printed.getvalue().splitlines() if line.startswith("["))
-    apply_mag_cache(
-        subject.transformer,
-        MagCacheConfig(threshold=threshold, max_skip_steps=longest, mag_ratios=ratios, **config),
-    )
+    ratios = next(json.loads(line) for line in printed.getvalue().splitlines() if line.startswith("[1"))
+    used = MagCacheConfig(threshold=threshold, max_skip_steps=longest, mag_ratios=ratios, **config)
+    apply_mag_cache(subject.transformer, used)
 
 
 def _faster(subject: Subject, every: int) -> None:

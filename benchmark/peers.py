@@ -301,7 +301,8 @@ def run_settings(sampling: Sampling) -> dict[str, Any]:
 
 
 def _is_finished(row: dict[str, Any] | None, peer: Peer) -> bool:
-    return row is not None and row["settings"] == json.loads(json.dumps(plain(peer.settings)))
+    same = row is not None and row["settings"] == json.loads(json.dumps(plain(peer.settings)))
+    return same and not row["does_not_run"]  # what did not run may do by now, and costs little to try
 
 
 def _counters(loaded: LoadedPipeline) -> tuple[BlockCounter, BlockCounter]:
