@@ -315,7 +315,7 @@ def frontier_picture(rows: Sequence[dict[str, Any]], ours: str) -> bytes:
                 [row[key]["value"] for row in members],
                 color="black" if family == ours else COLOURS[index % len(COLOURS)],
                 linestyle=("-", "--", ":", "-.")[index // len(COLOURS) % 4],
-                marker="osD^vPX*"[index % 8],
+                marker="osD^vPX*"[(index + 3 * (index // 8)) % 8],  # a colour comes back with another marker
                 markersize=5,
                 linewidth=2.4 if family == ours else 1.2,
                 label=family,
