@@ -8,6 +8,7 @@ through the newest two, so the pipeline's own guidance formula goes on working o
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -120,28 +121,38 @@ class HalfBatch:
     def __init__(self) -> None:
         self.names: frozenset[Any] | None = None
         self.checked = False
+        self.seconds = 0.0
 
     @property
     def works(self) -> bool:
         return self.names is not None
 
     def check(
-        self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], whole: torch.Tensor, half: int
+        self,
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        whole: torch.Tensor,
+        half: int,
+        synchronize: Callable[[], None] | None = None,
     ) -> None:
-        """Find the arguments that list the batch; `works` tells whether it was possible."""
+        """Find the arguments that list the batch; `works` tells whether it was possible, ``seconds`` what it took."""
         self.checked = True
+        synchronize = synchronize or (lambda: None)
         batch = whole.shape[0]
         candidates = _listing(args, kwargs, batch)
         expected = whole.chunk(2)[half]
         for names in [candidates, *(candidates - {name} for name in sorted(candidates, key=str))]:
             if not names:
                 continue
+            begin = time.perf_counter()
             try:
                 got = sample_of(call(*narrowed(args, names, half, batch), **narrowed(kwargs, names, half, batch)))
             except (RuntimeError, ValueError, IndexError):
                 continue  # not a valid call: one of these arguments does not list the batch
             if got.shape == expected.shape and _alike(got, expected):
-                self.names = frozenset(names)
+                synchronize()
+                self.names, self.seconds = frozenset(names), time.perf_counter() - begin
                 return
 
     def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], half: int) -> Any:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -13,7 +13,6 @@ from torch import nn
 from xfuser.model_executor.cache.adacorrection.trajectory.layout import Layout
 
 SAMPLED = 4  # entries of every parameter
-DIGITS = 3  # half precision keeps so many
 
 
 def describe_denoiser(module: nn.Module) -> dict[str, Any]:
@@ -31,16 +30,17 @@ def weights_digest(module: nn.Module) -> str:
     shape alone.
     """
     digest = hashlib.sha256()
-    samples: list[torch.Tensor] = []
-    for name, parameter in module.named_parameters():
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        if parameter.device.type == "meta" or parameter.numel() == 0:
-            continue
-        flat = parameter.detach().reshape(-1)
-        stride = max(1, flat.numel() // SAMPLED)
-        samples.append(flat[stride // 2 :: stride][:SAMPLED].to(torch.float32))
-    for values in _moved(samples):
-        digest.update(" ".join(f"{value:.{DIGITS}g}" for value in values).encode())
+    parameters = list(module.named_parameters())
+    where = tuple((id(parameter), parameter.data_ptr()) for _, parameter in parameters)
+    known = _VIEWS.get(module)
+    if known is None or known[0] != where:
+        known = _VIEWS[module] = (where, *_sampled(parameters))
+    _, names, views = known
+    digest.update(names)
+    # One transfer a device, not one a parameter.
+    for device in dict.fromkeys(view.device for view in views):
+        values = torch.cat([view.to(torch.bfloat16) for view in views if view.device == device])
+        digest.update(values.view(torch.int16).cpu().numpy().tobytes())
     for name, child in module.named_modules():
         if hasattr(child, "scaling") and hasattr(child, "active_adapters"):
             state = (child.active_adapters, child.scaling, child.merged, child.disable_adapters)
@@ -48,10 +48,21 @@ def weights_digest(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _moved(samples: list[torch.Tensor]) -> Iterable[list[float]]:
-    # One transfer a device, not one a parameter.
-    for device in dict.fromkeys(sample.device for sample in samples):
-        yield torch.cat([sample for sample in samples if sample.device == device]).cpu().tolist()
+def _sampled(parameters: list[tuple[str, nn.Parameter]]) -> tuple[bytes, list[torch.Tensor]]:
+    """Name all parameters, and view a few entries of each that holds values here."""
+    names, views = [], []
+    for name, parameter in parameters:
+        names.append(f"{name}{tuple(parameter.shape)}")
+        if parameter.device.type == "meta" or parameter.numel() == 0 or not parameter.is_contiguous():
+            continue
+        flat = parameter.detach().view(-1)
+        stride = max(1, flat.numel() // SAMPLED)
+        views.append(flat[stride // 2 :: stride][:SAMPLED])
+    return "\n".join(names).encode(), views
+
+
+# Views of the same storage see every change; they are made anew where a parameter was replaced or moved.
+_VIEWS: WeakKeyDictionary[nn.Module, tuple[Any, bytes, list[torch.Tensor]]] = WeakKeyDictionary()
 
 
 def describe_scheduler(scheduler: Any, first: float | None) -> dict[str, Any]:

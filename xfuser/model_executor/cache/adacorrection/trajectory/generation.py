@@ -166,7 +166,7 @@ class Generation:
         if self.layout is None or not self.layout.halves or self._half_batch.checked or self.step != 1:
             return
         begin = time.perf_counter()
-        self._half_batch.check(original, args, kwargs, whole, 0)
+        self._half_batch.check(original, args, kwargs, whole, 0, self._synchronize)
         self._spent_recording += time.perf_counter() - begin
 
     def _break(self, reason: str) -> None:

@@ -8,6 +8,7 @@ from xfuser.model_executor.cache.adacorrection.trajectory.calibration import Cal
 from xfuser.model_executor.cache.adacorrection.trajectory.plan import CONDITIONAL, FULL, Plan
 from xfuser.model_executor.cache.adacorrection.trajectory.settings import TrajectoryConfig
 
+CLOSE = 0.06  # relative, of a learned plan's speed-up to what is asked
 NEAR = FULL  # half evaluations by which a learned plan may stay below what is asked
 
 
@@ -84,6 +85,12 @@ class Goal:
         if given:
             within = _named([each for each in learned if sum(each.plan.kinds) <= units], learned)
             return max(within, key=lambda each: sum(each.plan.kinds))
+        if self.config.target_speedup is not None:
+            # Halves take more than half their time in small batches, so the plans themselves are asked.
+            asked = float(self.config.target_speedup)
+            near = {each.plan.digest: abs(speedup_of(each.plan, calibration.timing) / asked - 1) for each in learned}
+            close = [each for each in learned if near[each.plan.digest] <= CLOSE]
+            return min(close, key=lambda each: near[each.plan.digest], default=None)
         within = [each for each in learned if units - NEAR < sum(each.plan.kinds) <= units]
         if not within:
             return None

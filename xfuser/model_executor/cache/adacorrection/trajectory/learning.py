@@ -13,7 +13,7 @@ import torch
 
 from xfuser.model_executor.cache.adacorrection.trajectory.calibration import Calibration, Learned
 from xfuser.model_executor.cache.adacorrection.trajectory.generation import Fit, Generation
-from xfuser.model_executor.cache.adacorrection.trajectory.goals import Unreachable
+from xfuser.model_executor.cache.adacorrection.trajectory.goals import Unreachable, speedup_of
 from xfuser.model_executor.cache.adacorrection.trajectory.plan import FULL, Plan
 from xfuser.model_executor.cache.adacorrection.trajectory.recording import Recording, add_grams, pixels_of
 from xfuser.model_executor.cache.adacorrection.trajectory.schedule import Gram, Scheduler, even_placement
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from xfuser.model_executor.cache.adacorrection.trajectory.engine import TrajectoryEngine
 
 CALLBACKS = ("callback", "callback_on_step_end")
+EARLY = 0.02  # by which a plan's predicted speed-up may stay below what was asked for
 EXACT = 100.0  # dB, where nothing differs
 
 
@@ -286,7 +287,7 @@ class Learner:
             gram,
             (0 if known is None else known.images) + sum(sample.recording.images for sample in samples),
             recording.layout.places,
-            _timing([sample.recording for sample in samples]),
+            _timing([sample.recording for sample in samples], halves.seconds if names else None),
             {} if known is None else known.learned,
             {"batch": recording.images, "shape": list(recording.latents[0].shape[1:])},
         )
@@ -307,7 +308,13 @@ class Learner:
             self._engine.refuse(error)
             return []
         present = goal.choose(calibration)
-        plan = present.plan if present is not None else self.placements(calibration, units)[0]
+        if present is not None:
+            return [present.plan]
+        plan = self.placements(calibration, units)[0]
+        asked = self._engine.config.target_speedup
+        while asked is not None and units > FULL and speedup_of(plan, calibration.timing) < (1 - EARLY) * asked:
+            units -= 1
+            plan = self.placements(calibration, units)[0]
         return [plan]
 
     def placements(self, calibration: Calibration, units: int) -> list[Plan]:
@@ -443,14 +450,15 @@ def _contains(fine: list[float], coarse: list[float], factor: int) -> bool:
     return len(picked) == len(coarse) and np.allclose(picked, coarse, rtol=1e-4, atol=0.51)
 
 
-def _timing(recordings: list[Recording]) -> dict[str, float]:
+def _timing(recordings: list[Recording], half_seconds: float | None) -> dict[str, float]:
     denoiser = [each for recording in recordings for each in recording.denoiser_seconds[1:]]
     whole = [each for recording in recordings for each in recording.step_seconds[1:]]
     seconds = statistics.median(denoiser)
     return {
         "denoiser": seconds,
         "outside": max(statistics.median(whole) - seconds, 0.0),
-        "half_share": recordings[0].half_share,
+        # A half batch saves less than half where the batch is small.
+        "half_share": 0.5 if half_seconds is None else min(max(half_seconds / seconds, 0.5), 1.0),
     }
 
 

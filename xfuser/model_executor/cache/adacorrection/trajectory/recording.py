@@ -26,7 +26,6 @@ class Recording:
         raw: Per step, what each call returned, where a replay is to do without the denoiser.
         denoiser_seconds: Per step.
         step_seconds: Per step, with all that is outside the denoiser, less the recording itself.
-        half_share: What a conditional branch alone takes of a whole evaluation's time.
     """
 
     layout: Layout
@@ -36,7 +35,6 @@ class Recording:
     raw: list[list[torch.Tensor]] = field(default_factory=list)
     denoiser_seconds: list[float] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
-    half_share: float = 0.5
 
     @property
     def steps(self) -> int:

@@ -166,52 +166,57 @@ class Scheduler:
         }
         for step in range(steps):
             ends = np.arange(step + 1, min(step + gap, steps) + 1)
+            firsts = np.arange(1, min(gap, step) + 1) if step else np.array([0])
             for kind in range(len(kinds)):
-                for first, seconds, cost in self._costs(step, kind, ends):
-                    values = best[:, step, first, seconds, kind]  # budgets, seconds
-                    here = np.ravel_multi_index((step, first, seconds, kind), self._shape)
-                    for place, end in enumerate(ends):
-                        total = values + cost[None, :, place]
-                        if end == steps:
-                            self._finish(total, here)
+                if step == 0 and kind > 0:
+                    continue
+                costs = self._costs(step, kind, firsts, ends)
+                values = best[:, step, :, :, kind][:, firsts]  # budgets, firsts, seconds
+                for place, end in enumerate(ends):
+                    total = values + costs[None, :, :, place]
+                    chosen = total.argmin(axis=2)
+                    least = np.take_along_axis(total, chosen[:, :, None], axis=2)[:, :, 0]
+                    origin = np.ravel_multi_index((step, firsts[None, :], chosen, kind), self._shape)
+                    if end == steps:
+                        self._finish(least, origin)
+                        continue
+                    for follow in (FULL, CONDITIONAL):
+                        after = successors.get((kind, follow))
+                        if after is None:
                             continue
-                        chosen = total.argmin(axis=1)
-                        least = total[np.arange(budgets), chosen]
-                        for follow in (FULL, CONDITIONAL):
-                            after = successors.get((kind, follow))
-                            if after is None:
-                                continue
-                            moved = np.full(budgets, np.inf, dtype=np.float32)
-                            moved[follow:] = least[:-follow]
-                            cell = best[:, end, end - step, first, after]
-                            better = moved < cell
-                            cell[better] = moved[better]
-                            origin = np.full(budgets, -1, dtype=np.int64)
-                            origin[follow:] = here[chosen[:-follow]]
-                            self._came[better, end, end - step, first, after] = origin[better]
+                        cells = best[follow:, end, end - step, :, after]
+                        came = self._came[follow:, end, end - step, :, after]
+                        better = least[:-follow] < cells[:, firsts]
+                        cells[:, firsts] = np.where(better, least[:-follow], cells[:, firsts])
+                        came[:, firsts] = np.where(better, origin[:-follow], came[:, firsts])
 
-    def _finish(self, total: np.ndarray, here: np.ndarray) -> None:
+    def _finish(self, total: np.ndarray, origin: np.ndarray) -> None:
         chosen = total.argmin(axis=1)
         least = total[np.arange(len(chosen)), chosen]
         better = least < self._end
         self._end[better] = least[better]
-        self._last[better] = here[chosen[better]]
+        self._last[better] = origin[np.arange(len(chosen)), chosen][better]
 
-    def _costs(self, step: int, kind: int, ends: np.ndarray):
-        """Yield, for each first gap, the second gaps and the residuals [seconds, ends], as shares of the latents."""
-        for first in range(0, min(self.gap, step) + 1):
-            if first == 0 and (step > 0 or kind > 0):
-                continue
-            middle = step - first
-            if first == 0 or middle == 0:
-                seconds = np.array([0])
-            else:
-                seconds = np.arange(1, min(self.gap, middle) + 1)
-            # A kind that never comes up this early keeps its infinite value.
-            nodes = [self._rows(kind, (step, middle, middle - second), first, int(second)) for second in seconds]
-            starts = np.full(len(seconds), step)
-            where = np.broadcast_to(ends, (len(seconds), len(ends)))
-            yield first, seconds, (jump_residuals(self.gram, nodes, starts, where) / self._scale).astype(np.float32)
+    def _costs(self, step: int, kind: int, firsts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """Compute all jumps' residuals as shares of the latents, [firsts, gaps + 1, ends]; infinite where none is."""
+        costs = np.full((len(firsts), self.gap + 1, len(ends)), np.inf, dtype=np.float32)
+        # Jumps of as many remembered outputs are solved at once. Kinds that never come up keep infinite values.
+        groups: dict[bool, list[tuple[int, int]]] = {}
+        for place, first in enumerate(firsts):
+            middle = step - int(first)
+            seconds = range(1, min(self.gap, middle) + 1) if first and middle else range(1)
+            groups.setdefault(bool(first and middle), []).extend((place, second) for second in seconds)
+        for pairs in groups.values():
+            nodes = []
+            for place, second in pairs:
+                middle = step - int(firsts[place])
+                nodes.append(self._rows(kind, (step, middle, middle - second), int(firsts[place]), second))
+            starts = np.full(len(pairs), step)
+            where = np.broadcast_to(ends, (len(pairs), len(ends)))
+            found = jump_residuals(self.gram, nodes, starts, where) / self._scale
+            places, seconds_of = np.array(pairs).T
+            costs[places, seconds_of] = found
+        return costs
 
     def _rows(self, kind: int, steps: tuple[int, int, int], first: int, second: int) -> tuple[int, ...]:
         there = (True, first > 0, second > 0)
