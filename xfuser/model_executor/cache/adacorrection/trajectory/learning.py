@@ -310,11 +310,14 @@ class Learner:
         present = goal.choose(calibration)
         if present is not None:
             return [present.plan]
-        plan = self.placements(calibration, units)[0]
+        if units >= FULL * calibration.steps:
+            return [Plan.full(calibration.steps)]
+        scheduler = Scheduler.of(calibration.gram, units, apart)
+        plan = scheduler.plan(units)
         asked = self._engine.config.target_speedup
         while asked is not None and units > FULL and speedup_of(plan, calibration.timing) < (1 - EARLY) * asked:
             units -= 1
-            plan = self.placements(calibration, units)[0]
+            plan = scheduler.plan(units)
         return [plan]
 
     def placements(self, calibration: Calibration, units: int) -> list[Plan]:
