@@ -108,7 +108,7 @@ class Scheduler:
 
     @classmethod
     def of(cls, gram: Gram, budget: int, branches_apart: bool) -> Scheduler:
-        """Make one whose gaps are bounded by two and a half times a budget's mean gap, which is all that good plans need."""
+        """Make one whose gaps are bounded by two and a half times a budget's mean gap, all that good plans need."""
         mean_gap = FULL * gram.steps / budget
         return cls(gram, branches_apart, min(max(math.ceil(2.5 * mean_gap), SMALLEST_GAP), LARGEST_GAP), budget)
 
