@@ -143,6 +143,19 @@ def traces_of(runs: list[Run]) -> dict[str, dict[str, Any]]:
     return traces
 
 
+def trajectories_of(runs: list[Run], judge: Judge) -> dict[str, dict[str, Any]]:
+    """The last plan and its weights of each row on the trajectory, and what was predicted of its images."""
+    return {
+        run.row.method: {
+            "kinds": run.summary["plan"],
+            "weights": run.summary["weights"],
+            "psnr": [(run.summary["predicted"]["psnr"], judge.psnr_of(run).tolist())],
+        }
+        for run in runs
+        if run.row.trajectory is not None and run.summary.get("predicted")
+    }
+
+
 def trajectory_calibration(args: argparse.Namespace, corrects: bool, named: str | None) -> Path | None:
     """The calibration with which corrected rows work on the trajectory: the one named, or the one shipped for DDIM.
 
@@ -247,7 +260,7 @@ def execute(args: argparse.Namespace, console: Console) -> dict[str, Any] | None
     write_json(args.output_dir / RESULTS, document)
     shown = {run.row.method: list(run.pixels[:SHEET_COLUMNS]) for run in runs if run.row.kept}
     comparison_sheet(shown, columns=SHEET_COLUMNS).save(args.output_dir / "comparison_sheet.png")
-    write_report(args.output_dir / "report.html", document, shown, traces_of(runs))
+    write_report(args.output_dir / "report.html", document, shown, traces_of(runs), trajectories_of(runs, judge))
     return document
 
 

@@ -75,6 +75,10 @@ class Judge:
                 recognised = self.network.classify(pixels).argmax(1) == torch.tensor(conditions)
                 scores.recognised.append(recognised.double().numpy())
 
+    def psnr_of(self, run: Run) -> np.ndarray:
+        """Every image's PSNR to the uncached one, in dB."""
+        return np.concatenate(self._scores[run.row.method].psnr)
+
     def results(self, runs: list[Run], paths: dict[str, list[str]]) -> list[dict[str, Any]]:
         """One entry a row, as the results file has it; ``paths`` are those of the images that were written."""
         return [self._result(run, runs[0], paths.get(run.row.method, [])) for run in runs]

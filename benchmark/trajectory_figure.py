@@ -11,7 +11,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 
@@ -22,6 +21,7 @@ from xfuser.metrics import psnr  # noqa: E402
 from xfuser.model_executor.cache.adacorrection.trajectory import attach_trajectory  # noqa: E402
 from xfuser.model_executor.cache.adacorrection.trajectory.generation import prev_sample_of  # noqa: E402
 from xfuser.model_executor.pipelines.loading import LoadedPipeline, load_pipeline  # noqa: E402
+from xfuser.report.trajectory import trajectory_panel  # noqa: E402
 
 STEPS, IMAGES = 50, 16
 LEARNED_FROM, DRAWN = 600_000, 500_000
@@ -78,38 +78,15 @@ def run(budget: float) -> dict[str, Any]:
     return seen
 
 
-def figure(seen: dict[str, Any], path: Path) -> None:
-    """Draw the four panels."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    picture, ((top, scatter), (strip, heat)) = pyplot.subplots(
-        2, 2, figsize=(11, 6), gridspec_kw={"height_ratios": [3, 2]}, layout="constrained"
-    )
-    top.semilogy(seen["forecast"], color="#b04a3a", label="forecast alone")
-    top.semilogy(seen["corrected"], color="#2b6cb0", label="with learned correction")
-    top.set(xlabel="step", ylabel="relative error", title="The latent's distance to the uncached run")
-    top.legend(frameon=False)
-    for predicted, true in seen["scatter"]:
-        scatter.plot([predicted] * len(true), true, ".", color="#2b6cb0", alpha=0.4)
-        scatter.plot(predicted, np.mean(true), "o", color="#1a202c")
-    ends = scatter.get_xlim()
-    scatter.plot(ends, ends, "--", color="#888888", linewidth=0.8)
-    scatter.set(xlabel="predicted PSNR (dB)", ylabel="true PSNR (dB)", title="New images, five budgets; mean in black")
-    plan = seen["learned"].plan
-    strip.bar(range(plan.steps), [kind / 2 for kind in plan.kinds], width=0.9, color="#2b6cb0")
-    strip.set(xlabel="step", yticks=[0, 0.5, 1], ylabel="evaluated", title=f"The plan: {plan.cost:.0%} of evaluations")
-    size = max(len(weights) for weights in seen["learned"].weights)
-    table = np.full((size, plan.steps), np.nan)
-    for index, weights in enumerate(seen["learned"].weights):
-        table[: len(weights), index] = weights.numpy()
-    limit = float(np.nanquantile(np.abs(table), 0.98))
-    shown = heat.imshow(table, aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit)
-    heat.set(xlabel="step", ylabel="feature", title="Learned weights: outputs by branch, newest first; the latent")
-    picture.colorbar(shown, ax=heat)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        picture.savefig(temporary, format="png", dpi=110)
+def record_of(seen: dict[str, Any]) -> dict[str, Any]:
+    """Say it as `trajectory_panel` reads it."""
+    learned = seen["learned"]
+    return {
+        "kinds": learned.plan.kinds,
+        "weights": [weights.tolist() for weights in learned.weights],
+        "psnr": seen["scatter"],
+        "errors": {"with learned correction": seen["corrected"], "forecast alone": seen["forecast"]},
+    }
 
 
 def main() -> None:
@@ -119,7 +96,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("trajectory.png"), help="default: %(default)s")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    figure(run(args.budget), args.output)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(args.output) as temporary:
+        temporary.write_bytes(trajectory_panel(record_of(run(args.budget))))
     print(args.output)
 
 

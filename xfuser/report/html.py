@@ -19,6 +19,7 @@ from xfuser.report.curves import sweep_curves
 from xfuser.report.figures import decision_map, quality_speed_curve, trace_arrays
 from xfuser.report.sheet import comparison_sheet
 from xfuser.report.table import frontier_rows
+from xfuser.report.trajectory import trajectory_panel
 
 _SCHEMA = 1
 
@@ -28,6 +29,7 @@ def write_report(
     document: Mapping[str, Any],
     images: Mapping[str, Sequence[np.ndarray]],
     traces: Mapping[str, Mapping[str, Any]],
+    trajectories: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """Write the whole report to ``path``, replacing what is there only once the new file is complete.
 
@@ -38,6 +40,8 @@ def write_report(
             empty: the report then has no comparison sheet.
         traces: For each corrected method the record of one run, as for
             :func:`xfuser.report.figures.decision_map`. May be empty.
+        trajectories: For each method on the trajectory its record, as for
+            :func:`xfuser.report.trajectory.trajectory_panel`.
 
     Raises:
         ValueError: The document's schema is not 1, or an image or a trace has the wrong shape.
@@ -48,14 +52,17 @@ def write_report(
         raise ValueError(f"the report reads documents of schema {_SCHEMA}, this one has {document.get('schema')!r}")
     source = resources.files(__package__).joinpath("template.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    page = environment.from_string(source).render(_context(document, images, traces))
+    page = environment.from_string(source).render(_context(document, images, traces, trajectories or {}))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, page)
 
 
 def _context(
-    document: Mapping[str, Any], images: Mapping[str, Sequence[np.ndarray]], traces: Mapping[str, Mapping[str, Any]]
+    document: Mapping[str, Any],
+    images: Mapping[str, Sequence[np.ndarray]],
+    traces: Mapping[str, Mapping[str, Any]],
+    trajectories: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     model, sweep = document.get("model") or {}, document.get("sweep")
     facts = [(title, _pairs(document.get(title.lower()) or {})) for title in ("Model", "Settings", "Environment")]
@@ -92,6 +99,10 @@ def _context(
         "maps": [
             {"method": method, "caption": _caption(trace), "picture": _data_uri(decision_map(trace))}
             for method, trace in traces.items()
+        ],
+        "trajectories": [
+            {"method": method, "picture": _data_uri(trajectory_panel(record))}
+            for method, record in trajectories.items()
         ],
     }
 

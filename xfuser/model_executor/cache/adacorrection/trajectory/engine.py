@@ -347,6 +347,7 @@ class TrajectoryEngine:
             "predicted": self.goal.predicted(calibration, learned),
             "got": self.goal.got(calibration, generation.seconds, share, generation.batch),
             "images_known": 0 if calibration is None else calibration.images,
+            "weights": [] if learned is None else [weights.tolist() for weights in learned.weights],
             "differs": self._differences(generation),
             "not_learned_because": generation.broken,
             "reference": self.config.calibration_reference,
