@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from benchmark.cost_model import FLUX, WAN, Layout, Link, Machine
+from benchmark.scaling import machine_of, parser
 from benchmark.scaling_fit import (
     answer,
     contended,
@@ -87,8 +88,9 @@ def test_the_answer_names_where_the_exchange_shows() -> None:
 
 
 def test_the_trajectory_keeps_its_speedup_at_64_devices() -> None:
-    one, many = (extrapolate(FLUX, ranks, SLOW, 0.3, 100) for ranks in (1, 64))
+    machine = machine_of(parser().parse_args([]))
+    one, many = (extrapolate(FLUX, ranks, machine, 0.3, 100) for ranks in (1, 64))
     assert many.trajectory_speedup / one.trajectory_speedup >= 0.95
-    # By hand: of 1 s a step, 0.3 s and 0.7 skipped steps of 0.5 s.
-    row = extrapolate(FLUX, 1, SLOW, 0.3, 100, skipped_seconds=0.5)
+    # By hand: of every step, 0.3 of an evaluated one and 0.7 of a skipped one of half a second.
+    row = extrapolate(FLUX, 1, machine, 0.3, 100, skipped_seconds=0.5)
     assert row.trajectory == pytest.approx(0.3 * row.uncached + 0.35)

@@ -318,6 +318,8 @@ class Learner:
         while asked is not None and units > FULL and speedup_of(plan, calibration.timing) < (1 - EARLY) * asked:
             units -= 1
             plan = scheduler.plan(units)
+        if asked is not None:
+            calibration.notes.setdefault("speedups", {})[f"{asked:g}"] = plan.digest
         return [plan]
 
     def placements(self, calibration: Calibration, units: int) -> list[Plan]:
