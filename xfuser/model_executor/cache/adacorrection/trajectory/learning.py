@@ -289,7 +289,8 @@ class Learner:
             recording.layout.places,
             _timing([sample.recording for sample in samples], halves.seconds if names else None),
             {} if known is None else known.learned,
-            {"batch": recording.images, "shape": list(recording.latents[0].shape[1:])},
+            ({} if known is None else known.notes)
+            | {"batch": recording.images, "shape": list(recording.latents[0].shape[1:])},
         )
         calibration.half_names = names
         calibration.apart = apart and self._engine.may_part
