@@ -17,7 +17,7 @@ from accelerate.hooks import CpuOffload, add_hook_to_module
 from pipeline_zoo import ZOO, Case
 
 from xfuser import apply_cache_on_pipeline
-from xfuser.model_executor.cache.adacorrection.trajectory.engine import denoiser_names
+from xfuser.model_executor.cache.adacorrection.trajectory.following import denoiser_names
 
 STEPS = 6
 TABLE = Path(__file__).parents[2] / "docs" / "pipelines.md"

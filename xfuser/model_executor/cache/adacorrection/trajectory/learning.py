@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,13 @@ from xfuser.model_executor.cache.adacorrection.trajectory.generation import Fit,
 from xfuser.model_executor.cache.adacorrection.trajectory.goals import Unreachable, speedup_of
 from xfuser.model_executor.cache.adacorrection.trajectory.plan import FULL, Plan
 from xfuser.model_executor.cache.adacorrection.trajectory.recording import Recording, add_grams, pixels_of
+from xfuser.model_executor.cache.adacorrection.trajectory.replaying import (
+    Finer,
+    RandomState,
+    by_name,
+    contains,
+    grid_of,
+)
 from xfuser.model_executor.cache.adacorrection.trajectory.schedule import Gram, Scheduler, even_placement
 from xfuser.model_executor.cache.adacorrection.trajectory.settings import refinement
 
@@ -25,43 +31,6 @@ if TYPE_CHECKING:
 CALLBACKS = ("callback", "callback_on_step_end")
 EARLY = 0.02  # by which a plan's predicted speed-up may stay below what was asked for
 EXACT = 100.0  # dB, where nothing differs
-
-
-@dataclass
-class RandomState:
-    """The generators that a call draws from, as they were before it."""
-
-    generators: list[torch.Generator]
-    states: list[torch.Tensor]
-    device: torch.device
-    cpu: torch.Tensor
-    accelerator: torch.Tensor | None
-
-    @classmethod
-    def of(cls, pipeline: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RandomState:
-        found: list[torch.Generator] = []
-        for value in (*args, *kwargs.values()):
-            several = value if isinstance(value, (list, tuple)) else [value]
-            found += [each for each in several if isinstance(each, torch.Generator)]
-        device = torch.device(getattr(pipeline, "_execution_device", None) or "cpu")
-        accelerator = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
-        states = [generator.get_state() for generator in found]
-        return cls(found, states, device, torch.get_rng_state(), accelerator)
-
-    def restore(self) -> None:
-        for generator, state in zip(self.generators, self.states, strict=True):
-            generator.set_state(state)
-        torch.set_rng_state(self.cpu)
-        if self.accelerator is not None:
-            torch.get_device_module(self.device).set_rng_state(self.accelerator, self.device)
-
-    def now(self) -> RandomState:
-        """Take the same generators' states as they are now."""
-        accelerator = None
-        if self.accelerator is not None:
-            accelerator = torch.get_device_module(self.device).get_rng_state(self.device)
-        states = [generator.get_state() for generator in self.generators]
-        return RandomState(self.generators, states, self.device, torch.get_rng_state(), accelerator)
 
 
 @dataclass
@@ -217,7 +186,7 @@ class Learner:
         last = recording.layout.fold(generation.last_latents)
         recording.latents.append(last.detach().to("cpu", torch.float32, copy=True))
         recording.order_branches()
-        positional, named = _by_name(type(self._engine.pipeline).__call__, args, kwargs)
+        positional, named = by_name(type(self._engine.pipeline).__call__, args, kwargs)
         quiet = {name: value for name, value in named.items() if name not in CALLBACKS}
 
         def again(**changes: Any) -> Any:
@@ -238,7 +207,7 @@ class Learner:
             return
         steps = sample.recording.steps
         scheduler = self._engine.pipeline.scheduler
-        coarse = _grid(scheduler)
+        coarse = grid_of(scheduler)
         asked = kwargs.get("num_inference_steps")
         if (
             asked is None
@@ -251,7 +220,7 @@ class Learner:
         device = getattr(self._engine.pipeline, "_execution_device", None)
         for count in (factor * (steps - 1) + 1, factor * steps):
             type(scheduler).set_timesteps(scheduler, count, device=device)
-            if not _contains(_grid(scheduler), coarse, factor):
+            if not contains(grid_of(scheduler), coarse, factor):
                 continue
             finer = Finer(factor, steps)
             self._engine.generation = None
@@ -405,55 +374,6 @@ class Learner:
             if engine.generation is not None:
                 engine.generation.forget()
             engine.generation = None
-
-
-class Finer:
-    """Watches a run on a finer grid and keeps the latents at the coarse grid's levels."""
-
-    def __init__(self, factor: int, steps: int) -> None:
-        self._factor, self._steps, self._step = factor, steps, 0
-        self._kept: list[torch.Tensor] = []
-        self._last: torch.Tensor | None = None
-
-    def see(self, sample: torch.Tensor, result: torch.Tensor) -> None:
-        if self._step % self._factor == 0 and len(self._kept) < self._steps:
-            self._kept.append(sample.detach().to("cpu", torch.float32, copy=True))
-        self._last = result.detach().to("cpu", torch.float32, copy=True)
-        self._step += 1
-
-    def latents(self) -> list[torch.Tensor]:
-        assert self._last is not None
-        return [*self._kept, self._last]
-
-
-def _by_name(
-    call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Give positional arguments their names, so that one can be replaced, where the call allows that."""
-    names = []
-    for parameter in list(inspect.signature(call).parameters.values())[1:]:
-        if parameter.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
-            break
-        names.append(parameter.name)
-    if len(names) < len(args):
-        return args, kwargs
-    return (), dict(zip(names, args, strict=False)) | kwargs
-
-
-def _adds_noise(scheduler: Any) -> bool:
-    """Whether a scheduler draws noise at its steps, so that no finer run is the same solution."""
-    name = type(scheduler).__name__.lower()
-    by_name = any(part in name for part in ("ancestral", "ddpm", "sde", "lcm", "tcd", "edmeuler"))
-    return by_name or "sde" in str(getattr(scheduler.config, "algorithm_type", ""))
-
-
-def _grid(scheduler: Any) -> list[float]:
-    return [float(each) for each in scheduler.timesteps.flatten().tolist()]
-
-
-def _contains(fine: list[float], coarse: list[float], factor: int) -> bool:
-    picked = fine[::factor][: len(coarse)]
-    return len(picked) == len(coarse) and np.allclose(picked, coarse, rtol=1e-4, atol=0.51)
 
 
 def _timing(recordings: list[Recording], half_seconds: float | None) -> dict[str, float]:
