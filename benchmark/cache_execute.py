@@ -160,14 +160,22 @@ def trajectory_calibration(args: argparse.Namespace, corrects: bool, named: str 
     """The calibration with which corrected rows work on the trajectory: the one named, or the one shipped for DDIM.
 
     ``None`` where a setting of the block level is named, ranks share the images, or there is none.
+
+    Raises:
+        ValueError: A calibration of the trajectory is named where nothing would read it.
     """
-    if not corrects:
-        return None
-    blocks = correction_settings(args, True).keys() - {"enable_adacorrection"}
-    if blocks or args.approximation or args.match_compute or args.sweep or parallel_config(args).world_size > 1:
+    ours = named if args.calibration is None else None
+    blocks = correction_settings(args, corrects).keys() - {"enable_adacorrection"} or args.approximation
+    blocks = blocks or args.match_compute or args.sweep or parallel_config(args).world_size > 1
+    if not corrects or blocks:
+        if ours is not None:
+            raise ValueError(
+                f"--calibration {ours} is of the trajectory: it goes with X+AdaCorrection on one process, without "
+                "settings of the blocks' correction, --match_compute and --sweep"
+            )
         return None
     if named is not None:
-        return Path(named) if args.calibration is None else None
+        return None if ours is None else Path(ours)
     if args.model_type != "tiny-dit" or args.model is not None:
         return None
     shipped = shipped_tiny_dit() / "calibration" / "trajectory" / f"ddim-{args.num_inference_steps}.safetensors"

@@ -88,8 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=float,
         nargs="+",
         metavar="SHARE",
-        help="trajectory: shares of the denoiser's evaluations to learn (default: %(default)s)",
-        default=[0.5, 0.38, 0.3, 0.22, 0.16],
+        help="trajectory: shares of the denoiser's evaluations to learn (default: 0.5 0.38 0.3 0.22 0.16)",
     )
     level.add_argument(
         "--reference_steps",
@@ -117,6 +116,7 @@ def run_generate(args: argparse.Namespace) -> None:
     from xfuser.model_executor.parallel import check_combination, parallelize
     from xfuser.model_executor.pipelines import MODEL_TYPES
     from xfuser.model_executor.pipelines.generate import batches_of, generate_images
+    from xfuser.model_executor.pipelines.screens import print_summary
 
     resolve_model(args, MODEL_TYPES)
     settings = trajectory_settings(args)
@@ -169,22 +169,22 @@ def run_calibrate(args: argparse.Namespace) -> None:
 
     from xfuser.model_executor.cache import apply_cache_on_pipeline
     from xfuser.model_executor.pipelines import MODEL_TYPES
+    from xfuser.model_executor.pipelines.calibrate import calibrate_trajectory, check_calibration
     from xfuser.model_executor.pipelines.generate import conditions_hash, generate_batches
 
     resolve_model(args, MODEL_TYPES)
     read_prompts(args)
-    if args.level == "trajectory":
-        from xfuser.model_executor.pipelines.calibrate import calibrate_trajectory
-
-        check_conditions(args)
-        calibrate_trajectory(args, *load_and_request(args))
-        return
-    if args.reference_steps is not None:
-        raise ValueError("--reference_steps belongs to --level trajectory")
     if args.output.suffix != ".safetensors":
         raise ValueError(f"--output: {str(args.output)!r} does not end in .safetensors")
     check_conditions(args)
     check_output_folder(args.output.parent, "--output")
+    if args.level == "trajectory":
+        check_calibration(args)
+        calibrate_trajectory(args, *load_and_request(args))
+        return
+    for name in ("budgets", "reference_steps"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name} belongs to --level trajectory")
     loaded, request = load_and_request(args)
     engine = apply_cache_on_pipeline(loaded.pipeline)
     engine.record()
@@ -317,71 +317,6 @@ def class_numbers(names: list[str] | None, loaded: Any) -> list[int]:
             raise ValueError(f"--class_label {name!r} is not a class of {loaded.name}; known are {known}")
         numbers.append(number)
     return numbers
-
-
-def print_summary(document: dict[str, Any], folder: Path) -> None:
-    """One screen: what was generated, how fast, and what the cache did."""
-    from rich.console import Console
-    from rich.table import Table
-
-    cache = document["cache"]
-    if cache["method"] == "trajectory":
-        print_trajectory(document, folder)
-        return
-    count = len(document["images"])
-    table = Table(show_header=False, title=f"{document['model']}: {count} images in {folder}")
-    rows = {
-        "seconds": f"{document['seconds']:.2f} ({count / document['seconds']:.2f} images/s)",
-        "base method": str(cache["method"]),
-        "AdaCorrection": str(cache["adacorrection"]),
-        "approximation": cache["approximation"],
-        "steps x blocks": f"{cache['steps']} x {cache['blocks']}, {cache['branches']} branch(es)",
-        "hit rate": f"{cache['hit_rate']:.1%} of block evaluations",
-        "FLOPs saved": f"{cache['flops_saved']:.1%}",
-        "non-finite values caught": str(cache["non_finite"]),
-    }
-    if cache["prediction_coverage"] is not None:
-        rows["errors within prediction"] = f"{cache['prediction_coverage']:.1%}"
-    for name, value in rows.items():
-        table.add_row(name, value)
-    plan = next(iter(cache["plan"].values()), [])
-    table.add_row("blocks per step", _plan_line(plan, cache["blocks"]))
-    Console().print(table)
-
-
-def print_trajectory(document: dict[str, Any], folder: Path) -> None:
-    """One screen: what was asked of the trajectory, predicted, and got."""
-    from rich.console import Console
-    from rich.table import Table
-
-    cache, count = document["cache"], len(document["images"])
-    table = Table(show_header=False, title=f"{document['model']}: {count} images in {folder}")
-    predicted, got = cache["predicted"] or {}, cache["got"]
-    rows = {
-        "seconds": f"{document['seconds']:.2f} ({count / document['seconds']:.2f} images/s, learning included)",
-        "asked": ", ".join(f"{name} {value:g}" for name, value in cache["asked"].items()),
-        "evaluated": f"{cache['evaluated_share']:.1%} of {cache['steps']} steps' evaluations, in the last batch",
-        "speed-up": f"predicted {_number(predicted.get('speedup'))}, got {_number(got['speedup'])}",
-        "PSNR to uncached": f"predicted {_number(predicted.get('psnr'))} dB, from {cache['images_known']} image(s)",
-        "generations": f"{cache['generations']}, of which {cache['learned_generations']} were learned from, in full",
-        "plan": cache["strip"],
-    }
-    if cache["non_finite"]:
-        rows["corrections dropped"] = f"{cache['non_finite']} steps, not finite"
-    if cache["not_learned_because"]:
-        rows["not learned"] = cache["not_learned_because"]
-    for name, value in rows.items():
-        table.add_row(name, value)
-    Console().print(table)
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
-
-
-def _plan_line(plan: list[list[int]], blocks: int) -> str:
-    """One character a step: a full block for all evaluated, a dot for none, a half block for some."""
-    return "".join("█" if sum(step) == blocks else "·" if sum(step) == 0 else "▄" for step in plan)
 
 
 def main(argv: list[str] | None = None, script: Path | None = None) -> None:

@@ -73,12 +73,13 @@ def generate_twice(parallel: dict[str, Any], settings: dict[str, Any], folder: s
     of = loaded("tiny-dit")
     whole = of.pipeline.transformer
     of.pipeline.transformer = copy.deepcopy(whole)  # a stage gives the other stages' weights away
-    store = os.path.join(folder, f"rank{dist.get_rank() if dist.is_initialized() else 'alone'}")
+    own = os.path.join(folder, f"rank{dist.get_rank() if dist.is_initialized() else 'alone'}")
+    settings = {"store": own} | settings
     if parallel:
-        spread = parallelize(of.pipeline, mesh_of(ParallelConfig(**parallel)), store=store, **settings)
+        spread = parallelize(of.pipeline, mesh_of(ParallelConfig(**parallel)), **settings)
         engine, remove = spread.trajectory, spread.remove
     else:
-        engine = apply_cache_on_pipeline(of.pipeline, store=store, **settings)
+        engine = apply_cache_on_pipeline(of.pipeline, **settings)
         remove = engine.remove
     try:
         uncached = of.generate([1, 8], [11, 12], STEPS)
@@ -127,3 +128,14 @@ def _check(pool: Pool, folder: Path, parallel: dict[str, Any]) -> None:
         assert skipped == [0] * len(skipped)
         evaluated = [count for count, kind in zip(outcome.collectives, outcome.plan, strict=True) if kind]
         assert "data_parallel_degree" in parallel or min(evaluated) > 0, "the counter counts nothing"
+
+
+def test_what_one_process_learned_parts_no_branches_where_each_has_its_rank(two: Pool, tmp_path: Path) -> None:
+    store = tmp_path / "shared"
+    parts = generate_twice({}, {"adacorr_budget": 0.45, "store": store}, str(tmp_path))
+    assert 1 in parts.plan
+    one = generate_twice({}, {"adacorr_budget": 0.45, "branches_apart": False}, str(tmp_path / "apart"))
+    settings = {"adacorr_budget": 0.45, "store": store}
+    for outcome in two.call(generate_twice, {"use_cfg_parallel": True}, settings, str(tmp_path)):
+        assert set(outcome.plan) == {0, 2} and outcome.plan == one.plan
+        assert np.abs(outcome.cached - one.cached).max() < 1e-4

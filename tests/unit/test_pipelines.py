@@ -88,6 +88,18 @@ def test_pipeline(name: str) -> None:
     assert classes == (type(pipeline), *(type(getattr(pipeline, each)) for each in denoiser_names(pipeline)))
 
 
+@pytest.mark.parametrize("name", ["FluxPipeline", "WanPipeline"])
+def test_a_finer_run_comes_by_the_grid_that_the_pipeline_itself_makes(name: str) -> None:
+    case = ZOO[name]
+    pipeline = case.build()
+    expected = draw(case, pipeline)
+    engine = apply_cache_on_pipeline(pipeline, adacorr_budget=0.5, calibration_reference="4x")
+    assert np.array_equal(draw(case, pipeline), expected)
+    draw(case, pipeline)
+    assert engine.summary()["evaluated_share"] <= 0.5
+    engine.remove()
+
+
 def test_group_offloading(tmp_path: Path) -> None:
     case = ZOO["PixArtAlphaPipeline"]
     images = []

@@ -17,7 +17,6 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     LMSDiscreteScheduler,
     UniPCMultistepScheduler,
@@ -331,12 +330,63 @@ def test_a_finer_reference_is_nearer_to_the_fine_solution(tiny: Any) -> None:
     assert quality["4x"] > psnr(draw(tiny, seed=70, images=4), fine)
 
 
-def test_flow_matching_steps_are_refined_from_both_ends() -> None:
-    scheduler = FlowMatchEulerDiscreteScheduler()
-    scheduler.set_timesteps(5)
-    coarse = scheduler.sigmas.clone()
-    scheduler.set_timesteps(17)
-    assert torch.allclose(scheduler.sigmas[::4][:5], coarse[:5])
+def test_a_finer_grid_is_refused_where_noise_is_added_and_the_image_is_not_lost(tiny: Any, caplog: Any) -> None:
+    kept = tiny.scheduler
+    tiny.scheduler = DDPMScheduler.from_config(kept.config)
+    try:
+        expected = draw(tiny)
+        engine = apply_cache_on_pipeline(tiny, adacorr_budget=0.5, calibration_reference="4x")
+        assert np.array_equal(draw(tiny), expected)
+        assert "adds no noise" in caplog.text
+        with pytest.raises(ValueError, match="adds no noise"):
+            draw(tiny)
+        engine.remove()
+    finally:
+        tiny.scheduler = kept
+
+
+def test_branches_stay_together_where_they_must_whoever_learned(tiny: Any) -> None:
+    engine = apply_cache_on_pipeline(tiny, adacorr_budget=0.45)
+    draw(tiny)
+    draw(tiny)
+    assert 1 in engine.summary()["plan"], "nothing was learned of branches apart"
+    engine.remove()
+    engine = apply_cache_on_pipeline(tiny, adacorr_budget=0.45, branches_apart=False)
+    draw(tiny)
+    draw(tiny)
+    assert set(engine.summary()["plan"]) == {0, 2}
+    engine.remove()
+
+
+def test_a_damaged_stored_calibration_is_learned_anew(tiny: Any, tmp_path: Path, caplog: Any) -> None:
+    for _ in range(2):
+        engine = apply_cache_on_pipeline(tiny, adacorr_budget=0.5)
+        draw(tiny)
+        assert engine.summary()["learned_generations"] == 1
+        engine.remove()
+        (stored,) = (tmp_path / "xfuser" / "trajectory").glob("*.safetensors")
+        stored.write_bytes(b"damaged")
+    assert "learned anew" in caplog.text
+
+
+def test_first_neither_looks_nor_stores(tiny: Any, tmp_path: Path) -> None:
+    for _ in range(2):
+        engine = apply_cache_on_pipeline(tiny, adacorr_budget=0.5, calibration="first")
+        draw(tiny)
+        assert engine.summary()["learned_generations"] == 1
+        draw(tiny)
+        assert engine.summary()["evaluated_share"] <= 0.5
+        engine.remove()
+    assert not (tmp_path / "xfuser").exists()
+
+
+def test_a_quality_that_only_the_full_run_has_is_learned_once(tiny: Any) -> None:
+    expected = draw(tiny)
+    engine = apply_cache_on_pipeline(tiny, min_psnr=150)
+    for _ in range(2):
+        assert np.array_equal(draw(tiny), expected)
+    assert engine.summary()["learned_generations"] == 1
+    engine.remove()
 
 
 def test_compiled_with_full_graph(tiny: Any) -> None:
@@ -389,6 +439,12 @@ def test_pipelines_that_cannot_be_followed_are_refused() -> None:
         def __call__(self, *args: Any) -> Any:
             return args
 
+    class Calling(type(pipeline)):  # type: ignore[misc]
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return super().__call__(*args, **kwargs)
+
+    calling = Calling(pipeline.transformer, pipeline.vae, pipeline.scheduler)
+    apply_cache_on_pipeline(calling, target_speedup=2).remove()
     by_hand = ByHand(pipeline.transformer, pipeline.vae, pipeline.scheduler)
     with pytest.raises(TypeError, match="does not step its scheduler"):
         apply_cache_on_pipeline(by_hand, target_speedup=2)

@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from benchmark.cache_execute import parser, rows_to_run
 from benchmark.rows import Correction, build_rows, on_trajectory
+from xfuser.cli import main
+from xfuser.model_executor.pipelines.loading import shipped_tiny_dit
 from xfuser.report import write_report
 
 SETTINGS = {"Tea": {"use_cache": "Tea", "rel_l1_thresh": 0.06}}
@@ -39,6 +43,20 @@ def test_the_report_has_a_panel(tmp_path: Path) -> None:
     write_report(tmp_path / "report.html", document, {"None": [np.zeros((4, 4, 1))]}, {}, {"Tea+AdaCorrection": record})
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "Plan, weights and predicted quality of Tea+AdaCorrection" in page
+
+
+def test_a_calibration_that_nothing_would_read_is_refused() -> None:
+    named = str(shipped_tiny_dit() / "calibration" / "trajectory" / "ddim-50.safetensors")
+    for more in (["--cache_methods", "Tea"], ["--cache_methods", "Tea+AdaCorrection", "--adacorr_budget", "0.5"]):
+        with pytest.raises(ValueError, match="is of the trajectory"):
+            rows_to_run(parser().parse_args([*more, "--calibration", named]))
+
+
+@pytest.mark.parametrize("flag", [["--budgets", "0.3"], ["--reference_steps", "4x"]])
+def test_settings_of_the_other_level_are_refused(flag: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["calibrate", *flag])
+    assert f"{flag[0]} belongs to --level trajectory" in capsys.readouterr().err
 
 
 RESULT_FIELDS = (

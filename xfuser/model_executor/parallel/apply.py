@@ -19,12 +19,13 @@ from xfuser.core.distributed.mesh import ParallelMesh
 from xfuser.core.distributed.statistics import SumExchange
 from xfuser.model_executor.adapters import BoundArguments, ModelDeclaration, declaration_of
 from xfuser.model_executor.cache.adacorrection.trajectory import TrajectoryEngine, attach_trajectory
+from xfuser.model_executor.cache.adacorrection.trajectory.branches import sample_of, with_sample
 from xfuser.model_executor.cache.apply import check_unattached, load_calibration, on_trajectory
 from xfuser.model_executor.cache.attach import Replacement, scheduler_calls
 from xfuser.model_executor.cache.engine import CacheEngine
 from xfuser.model_executor.parallel.autoencoder import ParallelDecoder, check_decoder
 from xfuser.model_executor.parallel.compiled import compile_blocks
-from xfuser.model_executor.parallel.guidance import BatchedBranches, BranchCalls, sample_of, with_sample
+from xfuser.model_executor.parallel.guidance import BatchedBranches, BranchCalls
 from xfuser.model_executor.parallel.sequence import SequenceShards
 from xfuser.model_executor.pipefusion import Placement, Stage, drop_other_blocks
 

@@ -11,21 +11,9 @@ import torch.distributed as dist
 from xfuser.core.distributed.clock import Clock
 from xfuser.core.shards import narrow_batch, part
 from xfuser.model_executor.adapters import BoundArguments
+from xfuser.model_executor.cache.adacorrection.trajectory.branches import sample_of, with_sample
 
 BRANCHES = 2
-
-
-def sample_of(output: Any) -> torch.Tensor:
-    """The tensor in what a transformer returns."""
-    return output[0] if isinstance(output, tuple) else output.sample
-
-
-def with_sample(output: Any, sample: torch.Tensor) -> Any:
-    """What a transformer returns, with another tensor in it."""
-    if isinstance(output, tuple):
-        return (sample, *output[1:])
-    output.sample = sample
-    return output
 
 
 class BatchedBranches:

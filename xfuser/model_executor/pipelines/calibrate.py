@@ -9,33 +9,40 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from xfuser.core.console import check_output_folder
 from xfuser.model_executor.cache.adacorrection.trajectory import attach_trajectory
 from xfuser.model_executor.cache.adacorrection.trajectory.calibration import Calibration
 from xfuser.model_executor.cache.adacorrection.trajectory.goals import speedup_of
-from xfuser.model_executor.pipelines.generate import Generation, batches_of
+from xfuser.model_executor.cache.adacorrection.trajectory.settings import refinement
+from xfuser.model_executor.pipelines.generate import Generation, batches_of, call_of
 from xfuser.model_executor.pipelines.loading import LoadedPipeline
 
 PLACEMENTS = 3  # of every budget, compared
+BUDGETS = (0.5, 0.38, 0.3, 0.22, 0.16)
+
+
+def check_calibration(args: argparse.Namespace) -> None:
+    """Refuse what cannot be learned, before any model is loaded (ValueError, or OSError for the folder)."""
+    for share in args.budgets or ():
+        if not 0 < share <= 1:
+            raise ValueError(f"--budgets: {share:g} is not above 0 and at most 1")
+    try:
+        refinement(args.reference_steps)
+    except ValueError as error:
+        raise ValueError(f"--reference_steps {args.reference_steps}: expected 2x to 16x") from error
 
 
 def calibrate_trajectory(args: argparse.Namespace, loaded: LoadedPipeline, request: Generation) -> Calibration:
     """Record, place, replay, write the file and the store, and print a table to choose from."""
-    check_output_folder(args.output.parent, "--output")
-    if args.output.suffix != ".safetensors":
-        raise ValueError(f"--output: {str(args.output)!r} does not end in .safetensors")
-    for share in args.budgets:
-        if not 0 < share < 1:
-            raise ValueError(f"--budgets: {share:g} is not between 0 and 1")
-    goal = {"adacorr_budget": max(args.budgets), "calibration_reference": args.reference_steps}
+    budgets = args.budgets or BUDGETS
+    goal = {"adacorr_budget": max(budgets), "calibration_reference": args.reference_steps}
     engine = attach_trajectory(loaded.pipeline, **goal)
     batches = batches_of(request)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:
         with Progress(*columns) as progress:
-            task = progress.add_task("generations", total=len(batches) + PLACEMENTS * len(args.budgets))
+            task = progress.add_task("generations", total=len(batches) + PLACEMENTS * len(budgets))
             calls = [arguments_of(loaded, request, batch) for batch in batches]
-            calibration = engine.learn_from(calls, args.budgets, lambda: progress.advance(task))
+            calibration = engine.learn_from(calls, budgets, lambda: progress.advance(task))
             progress.update(task, completed=progress.tasks[0].total)
     finally:
         engine.remove()
@@ -48,23 +55,16 @@ def calibrate_trajectory(args: argparse.Namespace, loaded: LoadedPipeline, reque
 
 def arguments_of(loaded: LoadedPipeline, request: Generation, batch: range) -> dict[str, Any]:
     """Make the pipeline's arguments for some of a request's images."""
-    return loaded.arguments(
-        [request.conditions[index % len(request.conditions)] for index in batch],
-        [request.seed + index for index in batch],
-        request.num_inference_steps,
-        request.guidance_scale,
-        request.height,
-        request.width,
-        request.negative_prompt,
-        request.true_cfg_scale,
-    )
+    return loaded.arguments(*call_of(request, batch))
 
 
 def choices(calibration: Calibration) -> Table:
     """Draw the table that a setting is chosen from."""
-    table = Table(title=f"{calibration.steps} steps, {calibration.images} images")
-    for name in ("evaluations", "speed-up", "PSNR (dB)", "worst", "plan"):
-        table.add_column(name, justify="left" if name == "plan" else "right", no_wrap=True)
+    title = f"{calibration.steps} steps, {calibration.images} images; share of evaluations, predicted PSNR in dB"
+    table = Table(title=title, box=None, pad_edge=False)  # 50 steps fit into 80 columns
+    for name in ("share", "speed", "PSNR", "worst"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("plan", overflow="fold")
     for known in sorted(calibration.learned.values(), key=lambda each: -each.plan.cost):
         table.add_row(
             f"{known.plan.cost:.0%}",

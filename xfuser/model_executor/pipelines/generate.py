@@ -69,19 +69,24 @@ def generate_batches(
         task = progress.add_task("images", total=sum(map(len, batches)))
         for indices in batches:
             begin = time.perf_counter()
-            pixels = loaded.generate(
-                [request.conditions[index % len(request.conditions)] for index in indices],
-                [request.seed + index for index in indices],
-                request.num_inference_steps,
-                request.guidance_scale,
-                request.height,
-                request.width,
-                request.negative_prompt,
-                request.true_cfg_scale,
-            )
+            pixels = loaded.generate(*call_of(request, indices))
             synchronize(loaded.pipeline.device)
             yield indices, pixels, time.perf_counter() - begin
             progress.advance(task, len(indices))
+
+
+def call_of(request: Generation, indices: range) -> tuple[Any, ...]:
+    """List what `LoadedPipeline.generate` takes for some of a request's images."""
+    return (
+        [request.conditions[index % len(request.conditions)] for index in indices],
+        [request.seed + index for index in indices],
+        request.num_inference_steps,
+        request.guidance_scale,
+        request.height,
+        request.width,
+        request.negative_prompt,
+        request.true_cfg_scale,
+    )
 
 
 def conditions_hash(conditions: list[Any]) -> str:

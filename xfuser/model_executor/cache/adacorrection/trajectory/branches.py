@@ -123,10 +123,6 @@ class HalfBatch:
         self.checked = False
         self.seconds = 0.0
 
-    @property
-    def works(self) -> bool:
-        return self.names is not None
-
     def check(
         self,
         call: Callable[..., Any],
@@ -136,7 +132,7 @@ class HalfBatch:
         half: int,
         synchronize: Callable[[], None] | None = None,
     ) -> None:
-        """Find the arguments that list the batch; `works` tells whether it was possible, ``seconds`` what it took."""
+        """Find the arguments that list the batch; ``names`` and ``seconds`` tell which, and what it took."""
         self.checked = True
         synchronize = synchronize or (lambda: None)
         batch = whole.shape[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,8 @@ from xfuser.core.files import replacing, write_json
 from xfuser.model_executor.cache.adacorrection.trajectory.plan import Plan
 from xfuser.model_executor.cache.adacorrection.trajectory.schedule import Gram
 from xfuser.model_executor.cache.adacorrection.trajectory.weights import NormalEquations
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = 1
 # dB, by the square root of the images: on tiny-dit (DDIM 50, five budgets from .16 to .38) replays of one image were 4
@@ -199,11 +202,15 @@ class Store:
         return self.folder / f"{key[:32]}.safetensors"
 
     def find(self, key: str) -> Calibration | None:
-        """Load the calibration of a fingerprint; ``None`` where there is none."""
+        """Load the calibration of a fingerprint; ``None`` where there is none, or none that can be read."""
         path = self.path(key)
         if not path.is_file():
             return None
-        found = Calibration.load(path)
+        try:
+            found = Calibration.load(path)
+        except ValueError as error:
+            logger.warning("trajectory: %s; it is learned anew", error)
+            return None
         return found if found.key == key else None
 
     def keep(self, calibration: Calibration) -> Path:

@@ -22,10 +22,9 @@ from xfuser.model_executor.cache.adacorrection.trajectory.fingerprint import (
 from xfuser.model_executor.cache.adacorrection.trajectory.following import check_pipeline, denoiser_names
 from xfuser.model_executor.cache.adacorrection.trajectory.generation import Generation, prev_sample_of
 from xfuser.model_executor.cache.adacorrection.trajectory.goals import Goal
-from xfuser.model_executor.cache.adacorrection.trajectory.learning import Learner
-from xfuser.model_executor.cache.adacorrection.trajectory.recording import Recording
-from xfuser.model_executor.cache.adacorrection.trajectory.replaying import Finer, RandomState
-from xfuser.model_executor.cache.adacorrection.trajectory.settings import AUTO, TrajectoryConfig
+from xfuser.model_executor.cache.adacorrection.trajectory.learning import Learner, NotLearnable
+from xfuser.model_executor.cache.adacorrection.trajectory.replaying import Finer, PipelineCall, RandomState
+from xfuser.model_executor.cache.adacorrection.trajectory.settings import AUTO, FIRST, TrajectoryConfig
 from xfuser.model_executor.cache.adacorrection.trajectory.wrapping import CallWrapper
 from xfuser.model_executor.cache.attach import Replacement
 
@@ -42,6 +41,7 @@ class TrajectoryEngine:
         config: The settings.
         agree: Makes all ranks that share an image take the first one's object; by default there is one process.
         stores: Whether this process writes calibrations.
+        apart: Whether one branch of guidance may be evaluated without the other.
     """
 
     def __init__(
@@ -54,17 +54,18 @@ class TrajectoryEngine:
     ) -> None:
         self.pipeline, self.config = pipeline, config
         self.store = Store(config.store)
-        self.goal = Goal(config)
+        self.goal = Goal(config, apart)
         self.generation: Generation | None = None
         self.calibration: Calibration | None = None
         self.chosen: Learned | None = None
-        self._agree = agree or (lambda value: value)
-        self.stores = stores
-        self._apart = apart
-        self._given = None if config.calibration == AUTO else Calibration.load(Path(config.calibration))
+        self.half_batch = HalfBatch()
+        self.observer: Finer | None = None
+        self.agree = agree or (lambda value: value)
+        self.stores = stores and config.calibration != FIRST
+        learns = config.calibration in (AUTO, FIRST)
+        self._given = None if learns else Calibration.load(Path(config.calibration))
         self._known: dict[str, Calibration] = {}
         self._learner = Learner(self)
-        self._half_batches: dict[int, HalfBatch] = {}
         self._calls: list[CallWrapper] = []
         self._scheduler: Any = None
         self._scheduler_replacements: list[Replacement] = []
@@ -72,7 +73,6 @@ class TrajectoryEngine:
         self._summary: dict[str, Any] = {}
         self._said: set[str] = set()
         self._refused: ValueError | None = None
-        self._observer: Finer | None = None
         self._weights: dict[str, dict[str, Any]] = {}
         self.generations = self.learned_generations = 0
         self._attach()
@@ -143,7 +143,7 @@ class TrajectoryEngine:
                 wrapper.undo()
             del self._calls[1:]
             self._calls += [CallWrapper(module, self._run_denoiser) for module in present.values()]
-            self._half_batches.clear()
+            self.half_batch = HalfBatch()
 
     def _follow_scheduler(self) -> None:
         self._leave_scheduler()
@@ -179,7 +179,7 @@ class TrajectoryEngine:
             generation = self.generation
             if generation is not None:
                 if generation.recording is not None:
-                    self._finish_recording(generation, original, args, kwargs, random, result)
+                    self._finish_recording(generation, PipelineCall(original, args, kwargs, random, result))
                 self._count(generation)
             return result
         finally:
@@ -195,19 +195,13 @@ class TrajectoryEngine:
     def _wrap_set_timesteps(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def set_timesteps(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
-            if self._inside and self._observer is None:
-                self.start_generation()
+            if (self._inside or self._learner.replays) and self.observer is None:
+                device = torch.device(getattr(self.pipeline, "_execution_device", None) or "cpu")
+                self.generation = Generation(lambda: synchronize(device), self.half_batch)
+                self._learner.prepare(self.generation)
             return result
 
         return set_timesteps
-
-    def start_generation(self) -> Generation:
-        """Begin to follow a generation."""
-        device = getattr(self.pipeline, "_execution_device", None) or torch.device("cpu")
-        half_batch = self._half_batches.setdefault(0, HalfBatch())
-        self.generation = Generation(lambda: synchronize(torch.device(device)), half_batch)
-        self._learner.prepare(self.generation)
-        return self.generation
 
     def _wrap_step(self, original: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(original)
@@ -216,16 +210,15 @@ class TrajectoryEngine:
         names = named if None not in named else tuple(signature.parameters)[:3]
 
         def step(*args: Any, **kwargs: Any) -> Any:
-            generation, observer = self.generation, self._observer
+            generation, observer = self.generation, self.observer
             if generation is None and observer is None:
                 return original(*args, **kwargs)
             bound = signature.bind(*args, **kwargs)
-            if generation is None or observer is not None:
-                result = original(*args, **kwargs)
-                if observer is not None:
-                    observer.see(bound.arguments[names[2]], prev_sample_of(result))
-                return result
             output, timestep, sample = (bound.arguments[name] for name in names)
+            if observer is not None:
+                result = original(*args, **kwargs)
+                observer.see(float(timestep), sample, prev_sample_of(result))
+                return result
             return generation.end_step(lambda: original(*args, **kwargs), output, timestep, sample, self._decide)
 
         return step
@@ -235,13 +228,8 @@ class TrajectoryEngine:
     def key_of(self, generation: Generation) -> tuple[str, dict[str, Any]]:
         """Make the fingerprint of a generation whose first step has been evaluated."""
         assert generation.layout is not None
-        scheduler = describe_scheduler(self.pipeline.scheduler, round(generation.timesteps[0], 3))
+        scheduler = describe_scheduler(self.pipeline.scheduler, round(generation.first_timestep, 3))
         return fingerprint(self._weights, scheduler, generation.layout, self.config.calibration_reference)
-
-    @property
-    def may_part(self) -> bool:
-        """Whether one branch of guidance may be evaluated without the other."""
-        return self._apart
 
     def refuse(self, error: ValueError) -> None:
         """Say that the goal cannot be reached, and refuse the calls that follow."""
@@ -253,17 +241,14 @@ class TrajectoryEngine:
         if self._learner.takes(generation):
             return
         key, document = self.key_of(generation)
-        found = self._agree(self._find(key, document))
+        found = self.agree(self._find(key, document))
         self.calibration = found
         wanted = self.config.calibration_images
         if found is not None and self._given is None:
             unlearned = self.goal.choose(found) is None
             found = None if unlearned or found.images < wanted else found
         if found is None:
-            assert generation.layout is not None
-            generation.recording = Recording(generation.layout)
-            if not self.config.replay:
-                generation.keep_raw()
+            generation.record(raw=not self.config.replay)
             return
         self._known[key] = found
         self._apply(generation, found)
@@ -277,7 +262,7 @@ class TrajectoryEngine:
         if len(layout.places) == 2:
             generation.layout = layout if layout.places == found.places else layout.swapped()
         if found.half_names is not None:
-            self._half_batches[0].names = frozenset(found.half_names)
+            self.half_batch.names = frozenset(found.half_names)
         generation.plan, generation.weights = learned.plan, learned.weights
 
     def _find(self, key: str, document: dict[str, Any]) -> Calibration | None:
@@ -288,30 +273,34 @@ class TrajectoryEngine:
                     "`xdit calibrate` again, or use calibration='auto'"
                 )
             return self._given
-        return self._known.get(key) or self.store.find(key)
+        return self.known(key)
 
-    def _finish_recording(
-        self,
-        generation: Generation,
-        original: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        random: RandomState,
-        result: Any,
-    ) -> None:
+    def known(self, key: str) -> Calibration | None:
+        """Find what was learned with a fingerprint, here or, where the settings allow it, by an earlier process."""
+        if key in self._known or self.config.calibration == FIRST:
+            return self._known.get(key)
+        return self.store.find(key)
+
+    def keep(self, calibration: Calibration) -> None:
+        """Take a calibration for the one in force, and store it."""
+        self._known[calibration.key] = self.calibration = calibration
+        if self.stores:
+            self.store.keep(calibration)
+
+    def _finish_recording(self, generation: Generation, call: PipelineCall) -> None:
+        if self._learner.collect(generation, call):
+            return
         problem = self._learner.unusable(generation)
         if problem is not None:
             self._say(f"nothing is learned from this generation: {problem}; it was evaluated in full")
             return
-        learned = self._learner.learn(generation, original, args, kwargs, random, result)
-        self._known[learned.key] = self.calibration = learned
+        try:
+            learned = self._learner.learn(generation, call)
+        except NotLearnable as error:
+            self.refuse(error)  # the image is exact, and not lost for that
+            return
+        self.keep(learned)
         self.learned_generations += 1
-        if self.stores:
-            self.store.keep(learned)
-
-    def agree(self, value: Any) -> Any:
-        """Take the first rank's object."""
-        return self._agree(value)
 
     def _say(self, text: str) -> None:
         if text not in self._said:

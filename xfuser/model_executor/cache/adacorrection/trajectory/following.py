@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Any
 
 from torch import nn
@@ -48,13 +49,33 @@ def check_pipeline(pipeline: Any, above_blocks: bool = False) -> None:
         raise ValueError(
             "this scheduler belongs to a pipeline with a cache attached; call remove() on its engine first"
         )
-    try:
-        source = inspect.getsource(type(pipeline).__call__)
-    except (OSError, TypeError):
+    source = _source_of_call(type(pipeline))
+    if source is None:
         return
     if "scheduler" not in source or ".step(" not in source:
-        inner = [each for each in ("self.decoder_pipe", "self.prior_pipe") if each in source]
-        which = f"; attach to {' or '.join(part.removeprefix('self.') for part in inner)}" if inner else ""
+        inner = [each for each in ("decoder_pipe", "prior_pipe") if f"self.{each}" in source]
+        which = f"; attach to {' or '.join(inner)}" if inner else ""
         raise TypeError(f"{name} does not step its scheduler in its own call, so nothing can be skipped{which}")
     if "copy.deepcopy(self.scheduler)" in source or "audio_scheduler" in source:
         raise TypeError(f"{name} steps two latents with two schedulers; a cache can follow one")
+
+
+def _source_of_call(kind: type) -> str | None:
+    """Read what a pipeline's call does: its own source, that of methods it names, and what it overrides and calls."""
+    text, methods, seen = "", ["__call__"], set()
+    while methods:
+        method = methods.pop()
+        for owner in kind.__mro__:
+            found = vars(owner).get(method)
+            if found is None or (owner, method) in seen:
+                continue
+            seen.add((owner, method))
+            try:
+                source = inspect.getsource(found)
+            except (OSError, TypeError):
+                return None
+            text += source
+            methods += [each for each in re.findall(r"self\.(\w+)\(", source) if each != method]
+            if "super()" not in source:
+                break
+    return text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,16 +28,10 @@ class Fit:
 
     reference: list[torch.Tensor]
     known: list[NormalEquations]
-    equations: list[NormalEquations]
-    weights: list[torch.Tensor]
-    shrinkage: list[float]
     raw: list[list[torch.Tensor]] | None = None
-
-    @classmethod
-    def of(
-        cls, reference: list[torch.Tensor], known: list[NormalEquations], raw: list[list[torch.Tensor]] | None = None
-    ) -> Fit:
-        return cls(reference, known, [], [], [], raw)
+    equations: list[NormalEquations] = field(default_factory=list)
+    weights: list[torch.Tensor] = field(default_factory=list)
+    shrinkage: list[float] = field(default_factory=list)
 
 
 class Generation:
@@ -63,7 +57,7 @@ class Generation:
         self.fit: Fit | None = None
         self.broken: str | None = None
         self.denoiser_calls = 0
-        self.timesteps: list[float] = []
+        self.first_timestep = 0.0
         self.batch = 0
         self.shape: list[int] = []
         self.not_finite: list[torch.Tensor] = []
@@ -72,6 +66,8 @@ class Generation:
         self._guided = Branch()
         self._half_batch = half_batch
         self._synchronize = synchronize
+        self._keeps_raw = False
+        self._newest_latents = torch.empty(0)
         self._denoiser_seconds = 0.0
         self._spent_recording = 0.0
         self._step_began: float | None = None
@@ -198,8 +194,9 @@ class Generation:
                 self._slots[0].split()
         elif self.layout is not None and self._call != self.layout.calls:
             self._break("its steps call the denoiser different numbers of times")
-        self.timesteps.append(float(timestep))
         if self.step == 0:
+            # Of this step only: where timesteps are on an accelerator, reading one waits for it.
+            self.first_timestep = float(timestep)
             decide(self)
         layout = self.layout
         assert layout is not None
@@ -209,8 +206,9 @@ class Generation:
         begin = time.perf_counter()
         if self.recording is not None:
             latents = layout.fold(sample)
-            self.recording.add(latents, self._newest(latents), beside(layout.fold(output), latents))
-            if self.fit is None and self._keeps_raw:
+            guided = beside(layout.fold(output), latents)
+            self.recording.add(float(timestep), latents, self._newest(latents), guided)
+            if self._keeps_raw:
                 self.recording.raw.append([_whole(slot) for slot in self._slots])
         self._spent_recording += time.perf_counter() - begin
         result = take()
@@ -219,11 +217,10 @@ class Generation:
         self._close_step(result)
         return result
 
-    _keeps_raw = False
-
-    def keep_raw(self) -> None:
-        """Record what each call returned in full, too."""
-        self._keeps_raw = True
+    def record(self, raw: bool) -> None:
+        """Record this generation from its first step on, with what each call returned where a replay needs it."""
+        assert self.layout is not None
+        self.recording, self._keeps_raw = Recording(self.layout), raw
 
     def _close_step(self, result: Any) -> None:
         now = time.perf_counter()
@@ -298,7 +295,7 @@ class Generation:
 
     def corrections_dropped(self) -> int:
         """Count steps whose correction was not finite, and was left out."""
-        return int(sum(int(flag) for flag in self.not_finite))
+        return int(torch.stack(self.not_finite).sum()) if self.not_finite else 0
 
     def forget(self) -> None:
         """Let go of all tensors; what was counted stays."""

@@ -28,8 +28,9 @@ def speedup_of(plan: Plan, timing: dict[str, float]) -> float:
 class Goal:
     """One of ``target_speedup``, ``min_psnr`` and ``adacorr_budget``."""
 
-    def __init__(self, config: TrajectoryConfig) -> None:
+    def __init__(self, config: TrajectoryConfig, may_part: bool = True) -> None:
         self.config = config
+        self._may_part = may_part and config.branches_apart
 
     def asked(self) -> dict[str, float]:
         names = ("target_speedup", "min_psnr", "adacorr_budget")
@@ -38,6 +39,10 @@ class Goal:
     @property
     def by_quality(self) -> bool:
         return self.config.min_psnr is not None
+
+    def parts(self, calibration: Calibration) -> bool:
+        """Whether a step may evaluate the conditional branch alone, here and with what is known."""
+        return self._may_part and calibration.apart
 
     def units(self, steps: int, timing: dict[str, float], apart: bool) -> int:
         """Compute the half evaluations to spend; for the goals that need no quality.
@@ -75,22 +80,27 @@ class Goal:
             ValueError: No plan of a given calibration is within the goal.
         """
         learned = sorted(calibration.learned.values(), key=lambda each: sum(each.plan.kinds))
+        if not self.parts(calibration):
+            # It may have been learned where branches could be evaluated apart.
+            learned = [each for each in learned if CONDITIONAL not in each.plan.kinds]
         if self.by_quality:
             enough = [each for each in learned if (each.predicted_psnr or 0) >= float(self.config.min_psnr or 0)]
             if given:
                 return _named(enough, learned)[0]
-            searched = calibration.notes.get("searched_psnr", [])
-            return enough[0] if enough and self.config.min_psnr in searched else None
-        units = self.units(calibration.steps, calibration.timing, calibration.apart and self.config.branches_apart)
+            if self.config.min_psnr not in calibration.notes.get("searched_psnr", []):
+                return None
+            return enough[0] if enough else max(learned, key=lambda each: each.predicted_psnr or 0.0, default=None)
+        units = self.units(calibration.steps, calibration.timing, self.parts(calibration))
         if given:
             within = _named([each for each in learned if sum(each.plan.kinds) <= units], learned)
             return max(within, key=lambda each: sum(each.plan.kinds))
         if self.config.target_speedup is not None:
             # Halves take more than half their time in small batches, so the plans themselves are asked.
             asked = float(self.config.target_speedup)
-            answer = calibration.learned.get(calibration.notes.get("speedups", {}).get(f"{asked:g}", ""))
-            if answer is not None:  # what this number was answered with: few steps allow no nearer one
-                return answer
+            answer = calibration.notes.get("speedups", {}).get(f"{asked:g}")
+            for each in learned:
+                if each.plan.digest == answer:  # few steps may allow no nearer one
+                    return each
             near = {each.plan.digest: abs(speedup_of(each.plan, calibration.timing) / asked - 1) for each in learned}
             close = [each for each in learned if near[each.plan.digest] <= CLOSE]
             return min(close, key=lambda each: near[each.plan.digest], default=None)

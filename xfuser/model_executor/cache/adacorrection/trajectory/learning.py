@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,22 +16,19 @@ from xfuser.model_executor.cache.adacorrection.trajectory.generation import Fit,
 from xfuser.model_executor.cache.adacorrection.trajectory.goals import Unreachable, speedup_of
 from xfuser.model_executor.cache.adacorrection.trajectory.plan import FULL, Plan
 from xfuser.model_executor.cache.adacorrection.trajectory.recording import Recording, add_grams, pixels_of
-from xfuser.model_executor.cache.adacorrection.trajectory.replaying import (
-    Finer,
-    RandomState,
-    by_name,
-    contains,
-    grid_of,
-)
+from xfuser.model_executor.cache.adacorrection.trajectory.replaying import Finer, OtherGrid, PipelineCall, adds_noise
 from xfuser.model_executor.cache.adacorrection.trajectory.schedule import Gram, Scheduler, even_placement
 from xfuser.model_executor.cache.adacorrection.trajectory.settings import refinement
 
 if TYPE_CHECKING:
     from xfuser.model_executor.cache.adacorrection.trajectory.engine import TrajectoryEngine
 
-CALLBACKS = ("callback", "callback_on_step_end")
 EARLY = 0.02  # by which a plan's predicted speed-up may stay below what was asked for
 EXACT = 100.0  # dB, where nothing differs
+
+
+class NotLearnable(ValueError):
+    """A call cannot be learned from as the settings ask for; the line says why."""
 
 
 @dataclass
@@ -38,19 +36,20 @@ class Sample:
     """One recorded call, which can be made again.
 
     Attributes:
-        again: Makes the call with the same random numbers and without the user's callbacks.
+        call: The call.
         recording: Its own run.
         reference: The latents that replays are to meet, x_0 … x_T.
         pixels: The reference's decoded images and their range, where they can be read.
+        key: The fingerprint's digest.
+        document: The fingerprint.
     """
 
-    again: Callable[..., Any]
+    call: PipelineCall
     recording: Recording
     reference: list[torch.Tensor]
     pixels: tuple[np.ndarray, float] | None
-    key: str = ""
-    document: dict[str, Any] = field(default_factory=dict)
-    timesteps: list[float] = field(default_factory=list)
+    key: str
+    document: dict[str, Any]
 
 
 class Learner:
@@ -58,27 +57,43 @@ class Learner:
 
     def __init__(self, engine: TrajectoryEngine) -> None:
         self._engine = engine
-        self._records = False
-        self._replay: tuple[Plan, Fit | None, Recording, list[torch.Tensor] | None] | None = None
+        self._collected: list[Sample] | None = None
+        self._replay: tuple[Plan, Fit, Recording] | None = None
 
     # -- what the engine asks -----------------------------------------------------------------------------------------
 
+    @property
+    def replays(self) -> bool:
+        """Whether the call that runs is a replay."""
+        return self._replay is not None
+
     def prepare(self, generation: Generation) -> None:
         """Set a generation up that is a replay."""
-        if self._replay is None:
-            return
-        plan, fit, _, weights = self._replay
-        generation.plan, generation.fit, generation.weights = plan, fit, weights
+        if self._replay is not None:
+            generation.plan, generation.fit, _ = self._replay
 
     def takes(self, generation: Generation) -> bool:
         """Whether a generation is a replay or a recording of the learner's own; called at the end of its first step."""
         if self._replay is not None:
             generation.layout = self._replay[2].layout
             return True
-        if self._records:
-            assert generation.layout is not None
-            generation.recording = Recording(generation.layout)
-        return self._records
+        if self._collected is not None:
+            generation.record(raw=not self._engine.config.replay)
+        return self._collected is not None
+
+    def collect(self, generation: Generation, call: PipelineCall) -> bool:
+        """Take a recorded call for `learn_from`; whether it was asked for.
+
+        Raises:
+            NotLearnable: Nothing can be learned from it.
+        """
+        if self._collected is None:
+            return False
+        problem = self.unusable(generation)
+        if problem is not None:
+            raise NotLearnable(f"nothing can be learned from this call: {problem}")
+        self._collected.append(self._sample(generation, call))
+        return True
 
     def unusable(self, generation: Generation) -> str | None:
         """Say why nothing can be learned from a recorded generation; ``None`` where all is well."""
@@ -90,7 +105,7 @@ class Learner:
         done = len(recording.latents)
         if isinstance(grid, torch.Tensor):
             given = [round(float(each), 3) for each in grid.flatten().tolist()]
-            first = round(generation.timesteps[0], 3)
+            first = round(generation.first_timestep, 3)
             if first not in given or done != len(given) - given.index(first):
                 return f"it stopped after {done} of {len(given)} steps"
         if done < 2:
@@ -99,171 +114,112 @@ class Learner:
             return "its latents are not finite"
         return None
 
-    def learn(
-        self,
-        generation: Generation,
-        original: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        random: RandomState,
-        result: Any,
-    ) -> Calibration:
-        """Learn at the first use: from the generation that has just run, with one replay."""
-        sample = self._sample(generation, original, args, kwargs, random, result)
-        after = random.now()
-        known = self._engine._known.get(sample.key) or self._engine.store.find(sample.key)
-        calibration = self._engine.agree(self._known(known, [sample]))
+    def learn(self, generation: Generation, call: PipelineCall) -> Calibration:
+        """Learn at the first use: from the generation that has just run, with one replay.
+
+        Raises:
+            NotLearnable: The call cannot be repeated, or has no finer grid where one was asked for.
+        """
+        engine = self._engine
+        after = call.random.now()
         try:
+            sample = self._sample(generation, call)
+            calibration = engine.agree(self._joined(engine.known(sample.key), [sample]))
             for plan in self._plans(calibration, [sample]):
                 self.fit(calibration, plan, [sample])
         finally:
             after.restore()
-        return self._engine.agree(calibration)
+        return engine.agree(calibration)
 
     def learn_from(
         self, calls: Sequence[dict[str, Any]], evaluations: Sequence[float], progress: Callable[[], None]
     ) -> Calibration:
         """See `TrajectoryEngine.learn_from`."""
         engine = self._engine
-        if not calls:
-            raise ValueError("there is nothing to learn from; give at least one call's arguments")
-        samples = []
-        self._records = True
+        samples: list[Sample] = []
+        self._collected = samples
         try:
             for call in calls:
-                samples.append(self.record(call))
+                engine.pipeline(**call)
                 progress()
         finally:
-            self._records = False
+            self._collected = None
+        if not samples:
+            raise NotLearnable("the pipeline took no scheduler step, so there is nothing to learn from")
         if len({sample.key for sample in samples}) > 1:
-            raise ValueError("the calls differ in their steps, guidance or scheduler; learn from calls of one kind")
-        calibration = engine.agree(self._known(None, samples))
+            raise NotLearnable("the calls differ in their steps, guidance or scheduler; learn from calls of one kind")
+        calibration = engine.agree(self._joined(None, samples))
         budgets = [round(share * FULL * calibration.steps) for share in evaluations]
         self._learn_budgets(calibration, samples, budgets, progress)
         calibration = engine.agree(calibration)
-        engine._known[calibration.key] = engine.calibration = calibration
-        if engine.stores:
-            engine.store.keep(calibration)
+        engine.keep(calibration)
         return calibration
 
     # -- recording ----------------------------------------------------------------------------------------------------
 
-    def record(self, call: dict[str, Any]) -> Sample:
-        """Run one call in full.
-
-        Raises:
-            ValueError: Nothing can be learned from it.
-        """
-        engine = self._engine
-        seen: list[Sample] = []
-
-        def finish(generation: Generation, original: Any, args: Any, kwargs: Any, random: Any, result: Any) -> None:
-            problem = self.unusable(generation)
-            if problem is not None:
-                raise ValueError(f"nothing can be learned from this call: {problem}")
-            seen.append(self._sample(generation, original, args, kwargs, random, result))
-
-        engine._finish_recording, kept = finish, engine._finish_recording  # type: ignore[method-assign]
-        try:
-            engine.pipeline(**call)
-        finally:
-            engine._finish_recording = kept  # type: ignore[method-assign]
-        if not seen:
-            raise ValueError("the pipeline took no scheduler step, so there is nothing to learn from")
-        return seen[0]
-
-    def _sample(
-        self,
-        generation: Generation,
-        original: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        random: RandomState,
-        result: Any,
-    ) -> Sample:
+    def _sample(self, generation: Generation, call: PipelineCall) -> Sample:
         recording = generation.recording
-        assert recording is not None and recording.layout is not None
-        last = recording.layout.fold(generation.last_latents)
-        recording.latents.append(last.detach().to("cpu", torch.float32, copy=True))
-        recording.order_branches()
-        positional, named = by_name(type(self._engine.pipeline).__call__, args, kwargs)
-        quiet = {name: value for name, value in named.items() if name not in CALLBACKS}
-
-        def again(**changes: Any) -> Any:
-            random.restore()
-            return original(*positional, **(quiet | changes))
-
+        assert recording is not None
+        recording.finish(generation.last_latents)
         key, document = self._engine.key_of(generation)
-        sample = Sample(
-            again, recording, recording.latents, pixels_of(result), key, document, list(generation.timesteps)
-        )
-        self._refine(sample, kwargs)
+        sample = Sample(call, recording, recording.latents, pixels_of(call.result), key, document)
+        factor = refinement(self._engine.config.calibration_reference)
+        if factor > 1:
+            self._refine(sample, factor)
         return sample
 
-    def _refine(self, sample: Sample, kwargs: dict[str, Any]) -> None:
-        """Take the latents of a run on a finer grid for the reference, where the settings ask for one."""
-        factor = refinement(self._engine.config.calibration_reference)
-        if factor == 1:
-            return
-        steps = sample.recording.steps
-        scheduler = self._engine.pipeline.scheduler
-        coarse = grid_of(scheduler)
-        asked = kwargs.get("num_inference_steps")
-        if (
-            asked is None
-            or getattr(scheduler, "is_stochastic", False)
-            or "ancestral" in type(scheduler).__name__.lower()
-        ):
-            raise ValueError(
-                "calibration_reference needs num_inference_steps in the call and a deterministic scheduler"
+    def _refine(self, sample: Sample, factor: int) -> None:
+        """Take the latents of a run on a finer grid for the reference (NotLearnable where there is none)."""
+        engine, steps = self._engine, sample.recording.steps
+        scheduler = engine.pipeline.scheduler
+        name = type(scheduler).__name__
+        if "num_inference_steps" not in inspect.signature(sample.call.original).parameters or adds_noise(scheduler):
+            raise NotLearnable(
+                f"calibration_reference={factor}x needs a scheduler that adds no noise, and a pipeline that takes "
+                f"num_inference_steps; {name} and {type(engine.pipeline).__name__} are not both so: leave it out"
             )
-        device = getattr(self._engine.pipeline, "_execution_device", None)
+        engine.generation = None
+        # Grids with both ends, and those that stop one step before the end.
         for count in (factor * (steps - 1) + 1, factor * steps):
-            type(scheduler).set_timesteps(scheduler, count, device=device)
-            if not contains(grid_of(scheduler), coarse, factor):
-                continue
-            finer = Finer(factor, steps)
-            self._engine.generation = None
-            self._engine._observer = finer
+            engine.observer = finer = Finer(factor, sample.recording.timesteps)
             try:
-                result = sample.again(num_inference_steps=count)
+                result = sample.call.again(num_inference_steps=count)
+                latents = finer.latents()
+            except OtherGrid:
+                continue
             finally:
-                self._engine._observer = None
-            sample.reference = [sample.recording.layout.fold(each) for each in finer.latents()]
+                engine.observer = None
+            sample.reference = [sample.recording.layout.fold(each) for each in latents]
             sample.pixels = pixels_of(result)
             return
-        raise ValueError(
-            f"calibration_reference={factor}x: {type(scheduler).__name__} has no grid of {factor} times the steps that "
-            "contains this one; leave it out"
+        raise NotLearnable(
+            f"calibration_reference={factor}x: {name} has no grid of {factor} times the steps that contains this one; "
+            "leave it out"
         )
 
     # -- plans --------------------------------------------------------------------------------------------------------
 
-    def _known(self, known: Calibration | None, samples: list[Sample]) -> Calibration:
+    def _joined(self, known: Calibration | None, samples: list[Sample]) -> Calibration:
         """Join what was known with what new recordings say."""
-        first = samples[0]
+        first, recording = samples[0], samples[0].recording
         gram: Gram | None = None if known is None else known.gram
         for sample in samples:
             gram = add_grams(gram, sample.recording.gram())
         assert gram is not None
-        halves = self._engine._half_batches.get(0)
-        names = None if halves is None or halves.names is None else sorted(halves.names, key=str)
-        recording = first.recording
-        apart = len(recording.layout.places) == 2 and (not recording.layout.halves or names is not None)
-        calibration = Calibration(
+        half = self._engine.half_batch
+        notes = {"batch": recording.images, "shape": list(recording.latents[0].shape[1:])}
+        return Calibration(
             first.document,
             first.key,
             gram,
             (0 if known is None else known.images) + sum(sample.recording.images for sample in samples),
             recording.layout.places,
-            _timing([sample.recording for sample in samples], halves.seconds if names else None),
+            _timing([sample.recording for sample in samples], half.seconds if half.names else None),
             {} if known is None else known.learned,
-            ({} if known is None else known.notes)
-            | {"batch": recording.images, "shape": list(recording.latents[0].shape[1:])},
+            notes if known is None else known.notes | notes,
+            None if half.names is None else sorted(half.names, key=str),
+            len(recording.layout.places) == 2 and (not recording.layout.halves or half.names is not None),
         )
-        calibration.half_names = names
-        calibration.apart = apart and self._engine.may_part
-        return calibration
 
     def _plans(self, calibration: Calibration, samples: list[Sample]) -> list[Plan]:
         """Choose the plans to learn at the first use."""
@@ -272,7 +228,7 @@ class Learner:
             self._search_quality(calibration, samples)
             return []
         try:
-            apart = calibration.apart and self._engine.config.branches_apart
+            apart = goal.parts(calibration)
             units = goal.units(calibration.steps, calibration.timing, apart)
         except Unreachable as error:
             self._engine.refuse(error)
@@ -294,7 +250,7 @@ class Learner:
 
     def placements(self, calibration: Calibration, units: int) -> list[Plan]:
         """List the candidates for a budget, the one that is taken unseen first."""
-        apart = calibration.apart and self._engine.config.branches_apart
+        apart = self._engine.goal.parts(calibration)
         if units >= FULL * calibration.steps:
             return [Plan.full(calibration.steps)]
         whole = max(1, units // FULL)
@@ -312,21 +268,21 @@ class Learner:
         if goal.by_quality:
             self._search_quality(calibration, samples)
         else:
-            apart = calibration.apart and self._engine.config.branches_apart
-            budgets = [goal.units(calibration.steps, calibration.timing, apart), *budgets]
+            budgets = [goal.units(calibration.steps, calibration.timing, goal.parts(calibration)), *budgets]
+        kept = set(calibration.learned)
         for units in dict.fromkeys(budgets):
             fitted = []
             for plan in self.placements(calibration, units):
-                fitted.append(self.fit(calibration, plan, samples))
+                fitted.append(calibration.learned.get(plan.digest) or self.fit(calibration, plan, samples))
                 progress()
             # What does not beat another placement of the same cost is not kept.
-            for each in sorted(fitted, key=lambda known: known.predicted_psnr or 0.0)[:-1]:
-                del calibration.learned[each.plan.digest]
+            kept.add(max(fitted, key=lambda known: known.predicted_psnr or 0.0).plan.digest)
+        calibration.learned = {digest: calibration.learned[digest] for digest in calibration.learned if digest in kept}
 
     def _search_quality(self, calibration: Calibration, samples: list[Sample]) -> None:
         """Find the fewest evaluations whose predicted PSNR is enough, by bisection."""
         wanted = float(self._engine.config.min_psnr or 0)
-        step = 1 if calibration.apart and self._engine.config.branches_apart else FULL
+        step = 1 if self._engine.goal.parts(calibration) else FULL
         low, high = FULL, FULL * calibration.steps
         while high - low > step:
             middle = (low + high) // 2
@@ -343,33 +299,32 @@ class Learner:
     def fit(self, calibration: Calibration, plan: Plan, samples: list[Sample]) -> Learned:
         """Learn one plan's weights: every sample is replayed in turn, with what the ones before it have shown."""
         learned = calibration.learned.get(plan.digest) or Learned(plan)
-        if plan.is_full:  # exact, and without weights
-            samples, learned.psnr = [], [EXACT]
+        if plan.is_full:  # without weights; exact, unless the reference is another run
+            runs = [(sample, pixels_of(sample.call.result), sample.recording.latents[-1]) for sample in samples]
+            scores = [_psnr(*run) for run in runs]
+            learned.psnr, learned.decoded = [each for psnr, _ in scores for each in psnr], scores[0][1]
+            samples = []
         for sample in samples:
             raw = None if self._engine.config.replay else sample.recording.raw
-            fit = Fit.of(sample.reference, learned.equations, raw)
-            result, last = self._run(sample, plan, fit, None)
+            fit = Fit(sample.reference, learned.equations, raw)
+            result, last = self._run(sample, plan, fit)
             learned.equations, learned.weights, learned.shrinkage = fit.equations, fit.weights, fit.shrinkage
             psnr, learned.decoded = _psnr(sample, pixels_of(result), last)
             learned.psnr += psnr
         calibration.learned[plan.digest] = learned
         return learned
 
-    def _run(
-        self, sample: Sample, plan: Plan, fit: Fit | None, weights: list[torch.Tensor] | None
-    ) -> tuple[Any, torch.Tensor]:
+    def _run(self, sample: Sample, plan: Plan, fit: Fit) -> tuple[Any, torch.Tensor]:
         engine = self._engine
         engine.generation = None
-        self._replay = (plan, fit, sample.recording, weights)
+        self._replay = (plan, fit, sample.recording)
         try:
-            inside, engine._inside = engine._inside, True
-            result = sample.again()
+            result = sample.call.again()
             generation = engine.generation
             if generation is None or generation.broken is not None or generation.step != sample.recording.steps:
-                raise ValueError("the pipeline took other steps when it was called again with the same arguments")
+                raise NotLearnable("the pipeline took other steps when it was called again with the same arguments")
             return result, sample.recording.layout.fold(generation.last_latents).detach().float().cpu()
         finally:
-            engine._inside = inside
             self._replay = None
             if engine.generation is not None:
                 engine.generation.forget()

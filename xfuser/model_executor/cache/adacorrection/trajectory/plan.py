@@ -51,12 +51,6 @@ class Plan:
     def digest(self) -> str:
         return hashlib.sha256(bytes(self.kinds)).hexdigest()
 
-    def nodes(self, step: int, conditional: bool = True, count: int = NODES) -> tuple[int, ...]:
-        """List the newest steps, newest first, at which a branch was evaluated, up to and including ``step``."""
-        least = CONDITIONAL if conditional else FULL
-        found = [index for index in range(step, -1, -1) if self.kinds[index] >= least]
-        return tuple(found[:count])
-
     def strip(self) -> str:
         """Draw one character a step: a full block, a half one, or a dot for a skipped step."""
         return "".join({SKIP: "·", CONDITIONAL: "▄", FULL: "█"}[kind] for kind in self.kinds)

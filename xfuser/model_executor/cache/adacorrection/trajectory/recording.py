@@ -20,15 +20,18 @@ class Recording:
 
     Attributes:
         layout: The form of a step.
+        timesteps: Of every step.
         latents: x_0 … x_T, [B, …] each.
         outputs: Per branch, m_0 … m_{T-1}, in the latent's form.
-        guided: What the scheduler received, where it shows which branch is the conditional one.
+        guidance: Inner products of the two branches' outputs and what the scheduler received, which show which branch
+            is the conditional one.
         raw: Per step, what each call returned, where a replay is to do without the denoiser.
         denoiser_seconds: Per step.
         step_seconds: Per step, with all that is outside the denoiser, less the recording itself.
     """
 
     layout: Layout
+    timesteps: list[float] = field(default_factory=list)
     latents: list[torch.Tensor] = field(default_factory=list)
     outputs: list[list[torch.Tensor]] = field(default_factory=list)
     guidance: np.ndarray = field(default_factory=lambda: np.zeros((3, 3)))
@@ -44,8 +47,9 @@ class Recording:
     def images(self) -> int:
         return self.latents[0].shape[0]
 
-    def add(self, latents: torch.Tensor, outputs: list[torch.Tensor], guided: torch.Tensor) -> None:
-        """Take in one step: its latent, its branches' outputs and what the scheduler receives."""
+    def add(self, timestep: float, latents: torch.Tensor, outputs: list[torch.Tensor], guided: torch.Tensor) -> None:
+        """Take in one step: its timestep and latent, its branches' outputs and what the scheduler receives."""
+        self.timesteps.append(timestep)
         self.latents.append(_kept(latents))
         for branch, output in enumerate(outputs):
             if len(self.outputs) <= branch:
@@ -55,7 +59,12 @@ class Recording:
             rows = np.stack([each.detach().float().cpu().flatten().numpy() for each in (*outputs, guided)])
             self.guidance += rows @ rows.T
 
-    def order_branches(self) -> None:
+    def finish(self, latents: torch.Tensor) -> None:
+        """Take in what the last step gave, as the scheduler has it."""
+        self.latents.append(_kept(self.layout.fold(latents)))
+        self._order_branches()
+
+    def _order_branches(self) -> None:
         """Put the conditional branch first: guidance u + s (c - u) with s > 0.5 gives it the larger share."""
         if self.layout.branches != 2:
             return
@@ -79,8 +88,7 @@ class Recording:
 
 
 def _kept(tensor: torch.Tensor) -> torch.Tensor:
-    kept = tensor.detach().to("cpu", torch.float32, copy=True)
-    return kept
+    return tensor.detach().to("cpu", torch.float32, copy=True)
 
 
 def add_grams(known: Gram | None, new: Gram) -> Gram:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
+
+CALLBACKS = ("callback", "callback_on_step_end")
 
 
 @dataclass
@@ -27,10 +29,13 @@ class RandomState:
         for value in (*args, *kwargs.values()):
             several = value if isinstance(value, (list, tuple)) else [value]
             found += [each for each in several if isinstance(each, torch.Generator)]
-        device = torch.device(getattr(pipeline, "_execution_device", None) or "cpu")
+        return cls._read(found, torch.device(getattr(pipeline, "_execution_device", None) or "cpu"))
+
+    @classmethod
+    def _read(cls, generators: list[torch.Generator], device: torch.device) -> RandomState:
         accelerator = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
-        states = [generator.get_state() for generator in found]
-        return cls(found, states, device, torch.get_rng_state(), accelerator)
+        states = [generator.get_state() for generator in generators]
+        return cls(generators, states, device, torch.get_rng_state(), accelerator)
 
     def restore(self) -> None:
         for generator, state in zip(self.generators, self.states, strict=True):
@@ -41,38 +46,68 @@ class RandomState:
 
     def now(self) -> RandomState:
         """Take the same generators' states as they are now."""
-        accelerator = None
-        if self.accelerator is not None:
-            accelerator = torch.get_device_module(self.device).get_rng_state(self.device)
-        states = [generator.get_state() for generator in self.generators]
-        return RandomState(self.generators, states, self.device, torch.get_rng_state(), accelerator)
+        return self._read(self.generators, self.device)
+
+
+@dataclass(frozen=True)
+class PipelineCall:
+    """One call of a pipeline that has returned: enough to make it again."""
+
+    original: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    random: RandomState
+    result: Any
+
+    def again(self, **changes: Any) -> Any:
+        """Make it with the same random numbers, without the user's callbacks, and with some arguments changed."""
+        args, kwargs = by_name(self.original, self.args, self.kwargs)
+        quiet = {name: value for name, value in kwargs.items() if name not in CALLBACKS}
+        self.random.restore()
+        return self.original(*args, **(quiet | changes))
+
+
+class OtherGrid(Exception):  # noqa: N818 (it ends a run that cannot serve, and is no error of anybody)
+    """A finer run does not come by the coarse one's timesteps."""
 
 
 class Finer:
-    """Watches a run on a finer grid and keeps the latents at the coarse grid's levels."""
+    """Watches a run on a finer grid and keeps the latents at the coarse grid's timesteps.
 
-    def __init__(self, factor: int, steps: int) -> None:
-        self._factor, self._steps, self._step = factor, steps, 0
+    Args:
+        factor: Steps of the run to one of the coarse grid.
+        timesteps: The coarse grid's.
+    """
+
+    def __init__(self, factor: int, timesteps: list[float]) -> None:
+        self._factor, self._timesteps, self._step = factor, timesteps, 0
         self._kept: list[torch.Tensor] = []
-        self._last: torch.Tensor | None = None
+        self._last = torch.empty(0)
 
-    def see(self, sample: torch.Tensor, result: torch.Tensor) -> None:
-        if self._step % self._factor == 0 and len(self._kept) < self._steps:
+    def see(self, timestep: float, sample: torch.Tensor, result: torch.Tensor) -> None:
+        """Take in a step (OtherGrid where its timestep is not the coarse grid's)."""
+        place, between = divmod(self._step, self._factor)
+        if not between and place < len(self._timesteps):
+            # Schedulers round timesteps to whole numbers.
+            if not math.isclose(timestep, self._timesteps[place], rel_tol=1e-4, abs_tol=0.51):
+                raise OtherGrid
             self._kept.append(sample.detach().to("cpu", torch.float32, copy=True))
         self._last = result.detach().to("cpu", torch.float32, copy=True)
         self._step += 1
 
     def latents(self) -> list[torch.Tensor]:
-        assert self._last is not None
+        """List x_0 … x_T of the coarse grid (OtherGrid where the run was too short)."""
+        if len(self._kept) != len(self._timesteps):
+            raise OtherGrid
         return [*self._kept, self._last]
 
 
 def by_name(
     call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Give positional arguments their names, so that one can be replaced, where the call allows that."""
+    """Give positional arguments their names, so that one can be replaced, where the bound call allows that."""
     names = []
-    for parameter in list(inspect.signature(call).parameters.values())[1:]:
+    for parameter in inspect.signature(call).parameters.values():
         if parameter.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
             break
         names.append(parameter.name)
@@ -84,14 +119,6 @@ def by_name(
 def adds_noise(scheduler: Any) -> bool:
     """Whether a scheduler draws noise at its steps, so that no finer run is the same solution."""
     name = type(scheduler).__name__.lower()
-    by_name = any(part in name for part in ("ancestral", "ddpm", "sde", "lcm", "tcd", "edmeuler"))
-    return by_name or "sde" in str(getattr(scheduler.config, "algorithm_type", ""))
-
-
-def grid_of(scheduler: Any) -> list[float]:
-    return [float(each) for each in scheduler.timesteps.flatten().tolist()]
-
-
-def contains(fine: list[float], coarse: list[float], factor: int) -> bool:
-    picked = fine[::factor][: len(coarse)]
-    return len(picked) == len(coarse) and np.allclose(picked, coarse, rtol=1e-4, atol=0.51)
+    by_class = any(part in name for part in ("ancestral", "ddpm", "sde", "lcm", "tcd", "edmeuler"))
+    stochastic = bool(getattr(scheduler.config, "stochastic_sampling", False))
+    return by_class or stochastic or "sde" in str(getattr(scheduler.config, "algorithm_type", ""))

@@ -141,10 +141,6 @@ class Scheduler:
             spent -= newest
             state = came_from
 
-    def expected(self, budget: int) -> float:
-        """Read the best plan's sum of squared residuals."""
-        return float(np.min(self._end[: budget + 1]))
-
     # -- dynamic programming ------------------------------------------------------------------------------------------
 
     def _solve(self) -> None:

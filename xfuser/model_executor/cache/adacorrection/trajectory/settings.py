@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
-AUTO = "auto"
+AUTO, FIRST = "auto", "first"
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class TrajectoryConfig:
         adacorr_budget: The share of the denoiser's evaluations that may be spent, above 0 and at most 1; a conditional
             branch evaluated alone counts half.
         calibration: ``"auto"`` looks for a stored one that fits and learns from the first generation where there is
-            none; or a file that ``xdit calibrate`` wrote.
+            none; ``"first"`` learns from the first generation, and neither looks nor stores; or a file that ``xdit
+            calibrate --level trajectory`` wrote.
         replay: Learn the weights by replaying the recorded generation under the plan (closed loop); without it they
             come from the recording alone.
         calibration_images: Generations are evaluated in full until so many images are known.
@@ -57,7 +58,7 @@ class TrajectoryConfig:
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"calibration_images={count!r}: expected a whole number, 1 or more")
         if not isinstance(self.calibration, (str, PathLike)):
-            raise ValueError(f"calibration={self.calibration!r}: expected 'auto' or a file of `xdit calibrate`")
+            raise ValueError(f"calibration={self.calibration!r}: expected 'auto', 'first' or a file")
         refinement(self.calibration_reference)
         if self.calibration_reference is not None and not self.replay:
             raise ValueError("calibration_reference needs the replay; leave replay=False out")
