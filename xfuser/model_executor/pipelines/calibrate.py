@@ -62,7 +62,7 @@ def choices(calibration: Calibration) -> Table:
     """Draw the table that a setting is chosen from."""
     title = f"{calibration.steps} steps, {calibration.images} images; share of evaluations, predicted PSNR in dB"
     table = Table(title=title, box=None, pad_edge=False)  # 50 steps fit into 80 columns
-    for name in ("share", "speed", "PSNR", "worst"):
+    for name in ("share", "speed", "PSNR", "worst seen"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("plan", overflow="fold")
     for known in sorted(calibration.learned.values(), key=lambda each: -each.plan.cost):
