@@ -123,7 +123,7 @@ def test_settings_that_do_not_fit(settings: dict[str, Any], named: str) -> None:
     [
         ("xfuser", "xFuserHunyuanDiTPipeline"),
         ("xfuser.config", "TensorParallelConfig"),
-        ("xfuser.core.distributed", "get_sp_group"),
+        ("xfuser.core.distributed", "get_tp_group"),
     ],
 )
 def test_a_name_that_is_not_carried_over_says_so(module: str, name: str) -> None:

@@ -7,12 +7,16 @@ import itertools
 import os
 import platform
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-LAUNCHED_BY = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
+from xfuser.core.launched import launched, local_rank, rank, world_size
+
+__all__ = ["launched", "local_rank", "rank", "world_size"]
+
 DEVICES = ("auto", "cpu", "cuda")
 _starts = itertools.count()
 
@@ -40,45 +44,56 @@ def device_count(device: torch.device) -> int | None:
     return None if device.type == "cpu" else torch.cuda.device_count()
 
 
-def launched() -> bool:
-    """Whether torchrun, or something that sets the same variables, has started this process."""
-    return all(name in os.environ for name in LAUNCHED_BY)
+@dataclass(frozen=True)
+class Meeting:
+    """Where processes meet that no launcher has started: a URL that torch knows, and what it is told there."""
+
+    url: str
+    rank: int
+    world_size: int
 
 
-def world_size() -> int:
-    """Processes of this job, before any of them has been contacted."""
-    return int(os.environ["WORLD_SIZE"]) if launched() else 1
+def numbered(device: torch.device, number: int) -> torch.device:
+    """The accelerator of this number, where an accelerator was chosen without one."""
+    return device if device.type == "cpu" or device.index is not None else torch.device(device.type, number)
 
 
-def rank() -> int:
-    return int(os.environ["RANK"]) if launched() else 0
+def backend_of(device: torch.device) -> str:
+    """torch's name of what carries tensors between processes that compute on such a device."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
-def local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", "0"))
+def check_backend(backend: str | None, device: torch.device) -> None:
+    """Refuse what cannot carry this device's tensors (ValueError)."""
+    fitting = backend_of(device)
+    if backend is not None and backend not in (fitting, fitting.rpartition(":")[2]):
+        raise ValueError(f"backend {backend!r} carries no tensors of {device}; use {fitting!r}, or leave it out")
 
 
-def join_processes(device: torch.device, timeout: float | None = None) -> None:
-    """Meet the job's other processes, where torchrun has started several; one alone needs no group.
+def join_processes(device: torch.device, timeout: float | None = None, meeting: Meeting | None = None) -> None:
+    """Meet the job's other processes, where there are several; one alone needs no group.
 
     Args:
         device: Where this process computes: gloo carries what lies on a CPU, NCCL what lies on an accelerator.
         timeout: Seconds after which a missing peer is an error; by default torch's own.
+        meeting: Where they meet, if not where torchrun has told them to.
     """
     global _timeout
-    if dist.is_initialized() or not launched():
+    if dist.is_initialized() or not (launched() or meeting):
         return
     _timeout = timeout
     limit = dist.default_pg_timeout if timeout is None else datetime.timedelta(seconds=timeout)
-    store, place, processes = next(dist.rendezvous("env://", timeout=limit))
+    if meeting is None:
+        store, place, processes = next(dist.rendezvous("env://", timeout=limit))
+    else:
+        store, place, processes = next(dist.rendezvous(meeting.url, meeting.rank, meeting.world_size, timeout=limit))
     # The launcher's store outlives a group: a second one would find the first's addresses there, and wait for them.
     store = dist.PrefixStore(f"start{next(_starts)}", store)
     settings: dict[str, Any] = {"store": store, "rank": place, "world_size": processes, "timeout": limit}
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **settings)
-    else:
-        dist.init_process_group("gloo", **settings)
+        settings["device_id"] = device
+    dist.init_process_group(backend_of(device), **settings)
 
 
 def limit_waiting(group: dist.ProcessGroup) -> None:

@@ -11,79 +11,65 @@ import torch
 import torch.distributed as dist
 
 from xfuser.config.parallel import ParallelConfig
-from xfuser.core.distributed.environment import choose_device, join_processes, leave_processes, local_rank
+from xfuser.core.distributed.environment import (
+    Meeting,
+    check_backend,
+    choose_device,
+    join_processes,
+    launched,
+    leave_processes,
+    numbered,
+)
+from xfuser.core.distributed.environment import local_rank as local_rank_of_launcher
 from xfuser.core.distributed.mesh import ParallelMesh
+from xfuser.xdit.groups import Group, SequenceGroup
 
 
 @dataclass
 class _Process:
     device: torch.device | None = None
+    local_rank: int = 0
     mesh: ParallelMesh | None = None
 
 
 _process = _Process()
 
 
-@dataclass(frozen=True)
-class WorldGroup:
-    """All processes of the job, as seen by this one."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    device: torch.device
-
-    @property
-    def rank_in_group(self) -> int:
-        return self.rank
-
-    @property
-    def ranks(self) -> list[int]:
-        return list(range(self.world_size))
-
-    @property
-    def first_rank(self) -> int:
-        return 0
-
-    @property
-    def last_rank(self) -> int:
-        return self.world_size - 1
-
-    @property
-    def is_first_rank(self) -> bool:
-        return self.rank == 0
-
-    @property
-    def is_last_rank(self) -> bool:
-        return self.rank == self.world_size - 1
-
-    def barrier(self) -> None:
-        """Wait for all processes."""
-        if dist.is_initialized():
-            dist.barrier()
-
-
 # -- starting and ending ----------------------------------------------------------------------------------------------
 
 
-def init_distributed_environment(world_size: int = -1, rank: int = -1) -> None:
+def init_distributed_environment(
+    world_size: int = -1,
+    rank: int = -1,
+    distributed_init_method: str = "env://",
+    local_rank: int = -1,
+    backend: str | None = None,
+) -> None:
     """Meet the job's other processes, once.
 
     Args:
-        world_size: What the caller takes for the number of processes; -1 leaves it to the launcher.
-        rank: What the caller takes for this process's rank; -1 leaves it to the launcher.
+        world_size: Number of processes; -1 leaves it to the launcher.
+        rank: This process's rank; -1 leaves it to the launcher.
+        distributed_init_method: Where processes meet that no launcher has started: a URL that torch knows.
+        local_rank: This process's number on its machine; -1 leaves it to the launcher, and without one to the rank.
+        backend: torch's name of what carries the tensors; by default what this device needs.
 
     Raises:
-        ValueError: The launcher, or who has made the process group, says otherwise.
+        ValueError: The launcher, or who has made the process group, says otherwise, or the backend does not fit.
     """
+    device = choose_device() if _process.device is None else _process.device
+    check_backend(backend, device)
     if _process.device is None:
-        device = choose_device()
-        join_processes(device)
-        _process.device = device
+        by_hand = not launched() and world_size > 1 and rank >= 0
+        place = local_rank if local_rank >= 0 else rank if by_hand else local_rank_of_launcher()
+        device = numbered(device, place)
+        join_processes(device, meeting=Meeting(distributed_init_method, rank, world_size) if by_hand else None)
+        _process.device, _process.local_rank = device, place
     group = get_world_group()
-    for name, given, true in (("world_size", world_size, group.world_size), ("rank", rank, group.rank)):
-        if given not in (-1, true):
-            raise ValueError(f"{name}={given}: this process was started with {name} {true}; leave {name} out")
+    true = {"world_size": group.world_size, "rank": group.rank, "local_rank": group.local_rank}
+    for name, given in (("world_size", world_size), ("rank", rank), ("local_rank", local_rank)):
+        if given not in (-1, true[name]):
+            raise ValueError(f"{name}={given}: this process was started with {name} {true[name]}; leave {name} out")
 
 
 def initialize_model_parallel(
@@ -94,12 +80,32 @@ def initialize_model_parallel(
     ring_degree: int = 1,
     tensor_parallel_degree: int = 1,
     pipeline_parallel_degree: int = 1,
+    vae_parallel_size: int = 0,
+    backend: str | None = None,
 ) -> None:
     """Place this process among all, once. Collective.
 
+    Args:
+        data_parallel_degree: Groups of processes that generate different images.
+        classifier_free_guidance_degree: 2 evaluates the two branches of guidance on different ranks.
+        sequence_parallel_degree: ulysses_degree x ring_degree; it may be left out.
+        ulysses_degree: Ranks that exchange tokens for heads.
+        ring_degree: Ranks that pass keys and values round.
+        tensor_parallel_degree: Always 1.
+        pipeline_parallel_degree: PipeFusion's stages.
+        vae_parallel_size: Always 0: the ranks that share an image decode it.
+        backend: torch's name of what carries the tensors; by default what this device needs.
+
     Raises:
-        ValueError: The degrees contradict each other, are not supported, or do not fit the number of processes.
+        ValueError: The degrees contradict each other, are not supported, or do not fit the number of processes, or
+            the backend does not fit the device.
     """
+    init_distributed_environment(backend=backend)
+    if vae_parallel_size != 0:
+        raise ValueError(
+            f"vae_parallel_size={vae_parallel_size} is not supported: the ranks that share an image decode it; use "
+            "--use_parallel_vae"
+        )
     if tensor_parallel_degree != 1:
         raise ValueError(f"tensor_parallel_degree={tensor_parallel_degree} is not supported; use ulysses_degree")
     if classifier_free_guidance_degree not in (1, 2):
@@ -165,7 +171,7 @@ def current_mesh() -> ParallelMesh:
     return _process.mesh
 
 
-def get_world_group() -> WorldGroup:
+def get_world_group() -> Group:
     """All processes of the job.
 
     Raises:
@@ -173,10 +179,52 @@ def get_world_group() -> WorldGroup:
     """
     if _process.device is None:
         raise RuntimeError("the processes have not met yet; call xFuserArgs.create_config() first")
-    joined = dist.is_initialized()
-    return WorldGroup(
-        dist.get_rank() if joined else 0, dist.get_world_size() if joined else 1, local_rank(), _process.device
+    return Group(*_group(dist.group.WORLD if dist.is_initialized() else None))
+
+
+def get_dit_group() -> dist.ProcessGroup | None:
+    """torch's group of all processes, each of which runs the transformer; ``None`` where one is alone."""
+    current_mesh()
+    return dist.group.WORLD if dist.is_initialized() else None
+
+
+def get_dp_group() -> Group:
+    """The ranks at this one's place in every data-parallel group."""
+    return Group(*_group(current_mesh().group("data")))
+
+
+def get_cfg_group() -> Group:
+    """The ranks that evaluate the branches of guidance for the same tokens."""
+    return Group(*_group(current_mesh().group("cfg")))
+
+
+def get_pp_group() -> Group:
+    """PipeFusion's stages that this process works with."""
+    return Group(*_group(current_mesh().group("pipefusion")))
+
+
+def get_sp_group() -> SequenceGroup:
+    """The ranks that share this process's tokens: ring x ulysses."""
+    mesh = current_mesh()
+    return SequenceGroup(
+        *_group(mesh.sequence),
+        ulysses_group=mesh.group("ulysses"),
+        ring_group=mesh.group("ring"),
+        ulysses_rank=mesh.rank("ulysses"),
+        ulysses_world_size=mesh.degree("ulysses"),
+        ring_rank=mesh.rank("ring"),
+        ring_world_size=mesh.degree("ring"),
     )
+
+
+def _group(
+    members: dist.ProcessGroup | None,
+) -> tuple[tuple[int, ...], int, int, torch.device, dist.ProcessGroup | None]:
+    """What a `Group` consists of."""
+    assert _process.device is not None
+    ranks = (0,) if members is None else tuple(dist.get_process_group_ranks(members))
+    rank = 0 if members is None else dist.get_rank()
+    return ranks, rank, _process.local_rank, _process.device, members
 
 
 def get_data_parallel_world_size() -> int:
@@ -236,6 +284,12 @@ def get_ring_parallel_world_size() -> int:
 
 def get_ring_parallel_rank() -> int:
     return current_mesh().rank("ring")
+
+
+def get_tensor_model_parallel_rank() -> int:
+    """Always 0: there is no tensor parallelism."""
+    current_mesh()
+    return 0
 
 
 def get_tensor_model_parallel_world_size() -> int:

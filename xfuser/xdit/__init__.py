@@ -1,0 +1,1 @@
+"""xDiT's names on top of this engine: what scripts and services written for xDiT import."""
