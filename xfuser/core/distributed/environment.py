@@ -13,9 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from xfuser.core.launched import launched, local_rank, rank, world_size
-
-__all__ = ["launched", "local_rank", "rank", "world_size"]
+from xfuser.core.launched import launched, local_rank, rank, world_size  # noqa: F401 (the rest is found here)
 
 DEVICES = ("auto", "cpu", "cuda")
 _starts = itertools.count()
