@@ -13,6 +13,7 @@ from torch import nn
 from xfuser.config import CacheConfig, ParallelConfig
 from xfuser.config.cache import FIRST
 from xfuser.core.attention import AttentionContext
+from xfuser.core.distributed.agreement import Agreement
 from xfuser.core.distributed.clock import Clock
 from xfuser.core.distributed.environment import join_processes, waiter
 from xfuser.core.distributed.mesh import ParallelMesh
@@ -21,7 +22,7 @@ from xfuser.model_executor.adapters import BoundArguments, ModelDeclaration, dec
 from xfuser.model_executor.cache.adacorrection.trajectory import TrajectoryEngine, attach_trajectory
 from xfuser.model_executor.cache.adacorrection.trajectory.branches import sample_of, with_sample
 from xfuser.model_executor.cache.apply import check_unattached, load_calibration, on_trajectory
-from xfuser.model_executor.cache.attach import Replacement, scheduler_calls
+from xfuser.model_executor.cache.attach import Replacement
 from xfuser.model_executor.cache.engine import CacheEngine
 from xfuser.model_executor.parallel.autoencoder import ParallelDecoder, check_decoder
 from xfuser.model_executor.parallel.compiled import compile_blocks
@@ -51,6 +52,27 @@ class ParallelPipeline:
         trajectory: dict[str, Any] | None = None,
     ) -> None:
         self.pipeline, self.mesh, self.cache_config = pipeline, mesh, config
+        self.clock = Clock(waiter(mesh.device) if timed else None)
+        self.agreement = Agreement(mesh.control if mesh.shares_image else None)
+        self.trajectory: TrajectoryEngine | None = None
+        self._inner: list[Replacement] = []
+        self._layers: list[Replacement | ParallelDecoder] = []
+        self._timed = bool(timed) or mesh.device.type == "cpu"
+        self.transformer_seconds = 0.0
+        try:
+            # A file may be missing on one host only, or a package: none goes on where one cannot.
+            declaration = self.agreement.attempt(lambda: self._attach(config, use_torch_compile, trajectory))
+        except BaseException:
+            self.remove()
+            raise
+        if not self.placement.stage.is_alone:
+            drop_other_blocks(declaration.blocks(pipeline.transformer), self.placement.stage, declaration.tail_needs)
+
+    def _attach(
+        self, config: CacheConfig, use_torch_compile: bool, trajectory: dict[str, Any] | None
+    ) -> ModelDeclaration:
+        """Check everything, then put on everything that `remove` takes off again."""
+        pipeline, mesh = self.pipeline, self.mesh
         transformer = pipeline.transformer
         declaration = declaration_of(transformer)
         blocks = declaration.blocks(transformer)
@@ -61,45 +83,32 @@ class ParallelPipeline:
         if mesh.config.use_parallel_vae:
             check_decoder(pipeline.vae)
         calibration = load_calibration(transformer, config, pipeline.scheduler)
-        self.clock = Clock(waiter(mesh.device) if timed else None)
         self.placement = _placement(mesh, declaration, len(blocks), config, self.clock)
         self.exchange = SumExchange(
             mesh.control if mesh.shares_image else None, mesh.config.verify_agreement, self.clock
         )
         attention = self._attention(declaration)
-        self._inner = compile_blocks(blocks) if use_torch_compile else []
+        if use_torch_compile:
+            self._inner = compile_blocks(blocks)
         self.engine = CacheEngine(
             transformer, declaration, config, self.exchange, calibration, self.placement, attention
         )
-        self.trajectory: TrajectoryEngine | None = None
-        self._layers: list[Replacement | ParallelDecoder] = []
-        self._timed = bool(timed) or mesh.device.type == "cpu"
-        self.transformer_seconds = 0.0
         self._attach_blocks(declaration, blocks, attention)
         self.engine.watch_scheduler(pipeline.scheduler)
         self._attach_root(transformer, declaration)
-        if not self.placement.stage.is_alone:
-            drop_other_blocks(blocks, self.placement.stage, declaration.tail_needs)
         if mesh.config.use_parallel_vae:
             self._layers.append(ParallelDecoder(pipeline.vae, mesh.image))
         if trajectory is not None:
             self._attach_trajectory(trajectory)
+        return declaration
 
     def _attach_trajectory(self, settings: dict[str, Any]) -> None:
         """Put the trajectory outside of everything else, so that a skipped step enters no wrapper below it."""
         mesh = self.mesh
-
-        def agree(value: Any) -> Any:
-            if not mesh.shares_image:
-                return value
-            told = [value]
-            dist.broadcast_object_list(told, src=dist.get_global_rank(mesh.control, 0), group=mesh.control)
-            return told[0]
-
         # Where each branch has ranks of its own, evaluating one alone would leave the others waiting.
         apart = not mesh.config.use_cfg_parallel
         self.trajectory = attach_trajectory(
-            self.pipeline, agree, stores=mesh.writes, apart=apart, above_blocks=True, **settings
+            self.pipeline, self.agreement, stores=mesh.writes, apart=apart, above_blocks=True, **settings
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -135,11 +144,7 @@ class ParallelPipeline:
 
     def gather(self, value: Any) -> list[Any]:
         """One picklable value of every rank that shares the image, in rank order. Collective."""
-        if self.exchange.group is None:
-            return [value]
-        values: list[Any] = [None] * dist.get_world_size(self.exchange.group)
-        dist.all_gather_object(values, value, group=self.exchange.group)
-        return values
+        return self.agreement.gather(value)
 
     def parameter_bytes(self) -> int:
         """What this rank holds of the transformer's weights."""
@@ -160,7 +165,8 @@ class ParallelPipeline:
             self.trajectory.remove()
         while self._layers:
             self._layers.pop().undo()
-        self.engine.remove()
+        if "engine" in vars(self):  # what could not be attached whole is taken off as well
+            self.engine.remove()
         while self._inner:
             self._inner.pop().undo()
 
@@ -194,8 +200,7 @@ class ParallelPipeline:
         if self.mesh.config.use_cfg_parallel:
             kind = BatchedBranches if declaration.guidance == "batch" else BranchCalls
             branches = kind(self.mesh.group("cfg"), self.mesh.rank("cfg"), self.clock)
-            self._layers.append(Replacement(transformer, "forward", branches.wrap))
-            self._layers += scheduler_calls(self.pipeline.scheduler, branches.step_ends, branches.step_ends)
+            self._layers += branches.attach(transformer, self.pipeline.scheduler)
         if not self.placement.stage.is_alone:
             self._layers.append(Replacement(transformer, "forward", self._take_time))
 

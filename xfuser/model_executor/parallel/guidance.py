@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from xfuser.core.distributed.clock import Clock
 from xfuser.core.shards import narrow_batch, part
 from xfuser.model_executor.adapters import BoundArguments
 from xfuser.model_executor.cache.adacorrection.trajectory.branches import sample_of, with_sample
+from xfuser.model_executor.cache.attach import Replacement, named_contexts, scheduler_calls
 
 BRANCHES = 2
 
@@ -22,7 +26,11 @@ class BatchedBranches:
     def __init__(self, group: dist.ProcessGroup | None, index: int, clock: Clock) -> None:
         self._group, self._index, self._clock = group, index, clock
 
-    def wrap(self, original: Callable[..., Any]) -> Callable[..., Any]:
+    def attach(self, transformer: nn.Module, scheduler: Any) -> list[Replacement]:
+        """Wrap the transformer; every call is complete in itself."""
+        return [Replacement(transformer, "forward", self._wrap)]
+
+    def _wrap(self, original: Callable[..., Any]) -> Callable[..., Any]:
         arguments = BoundArguments(original)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -42,50 +50,95 @@ class BatchedBranches:
 
         return forward
 
-    def step_ends(self) -> None:
-        """Every call is complete in itself."""
+
+@dataclass
+class _Call:
+    """One branch's call of the transformer, and the tensor that was returned for it."""
+
+    arguments: dict[str, Any]
+    context: str | None
+    sample: torch.Tensor
 
 
 class BranchCalls:
     """For pipelines that call the transformer once a branch: every rank answers its own call.
 
-    The call of the other rank's branch returns at once, with a tensor that is filled when the last branch has been
-    called, which is before the pipeline reads any of them.
+    Every call returns at once, with a tensor that is filled when the last branch has been called, which is before the
+    pipeline reads any of them. Nothing is evaluated until then: a rank that evaluated the first call would wait, at its
+    first exchange, for one whose call never comes, where all of them are to refuse the step.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, index: int, clock: Clock) -> None:
         self._group, self._index, self._clock = group, index, clock
-        self._samples: list[torch.Tensor] = []
+        self._calls: list[_Call] = []
+        self._context: str | None = None
+        self._enter: Callable[[str], Any] | None = None
 
-    def wrap(self, original: Callable[..., Any]) -> Callable[..., Any]:
+    def attach(self, transformer: nn.Module, scheduler: Any) -> list[Replacement]:
+        """Wrap the transformer, and have the scheduler tell where steps and generations end."""
+        layers = [Replacement(transformer, "forward", self._wrap)]
+        if hasattr(transformer, "cache_context"):
+            self._enter = transformer.cache_context
+            layers.append(Replacement(transformer, "cache_context", named_contexts(self._note)))
+        return layers + scheduler_calls(scheduler, self._calls.clear, self._check_step)
+
+    def _note(self, context: str | None) -> None:
+        self._context = context
+
+    def _wrap(self, original: Callable[..., Any]) -> Callable[..., Any]:
         arguments = BoundArguments(original)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             named = arguments.named(args, kwargs)
-            if len(self._samples) == self._index:
-                output = original(**named)
-                sample = sample_of(output).contiguous()
-                output = with_sample(output, sample)
-            else:
-                sample = torch.empty_like(named["hidden_states"])
-                output = (sample,)
-                if named.get("return_dict", True):
-                    raise ValueError("--use_cfg_parallel: call the transformer with return_dict=False")
-            self._samples.append(sample)
-            if len(self._samples) == BRANCHES:
-                with self._clock("waiting"):
-                    for branch, each in enumerate(self._samples):
-                        dist.broadcast(each, src=dist.get_global_rank(self._group, branch), group=self._group)
-                self._samples.clear()
-            return output
+            if named.get("return_dict", True):
+                raise ValueError("--use_cfg_parallel: call the transformer with return_dict=False")
+            if self._calls and not _same(self._calls[-1].arguments.get("timestep"), named.get("timestep")):
+                self._check_step()
+            sample = torch.empty_like(named["hidden_states"])
+            self._calls.append(_Call(_kept(named), self._context, sample))
+            if len(self._calls) == BRANCHES:
+                calls = self._calls[:]
+                self._calls.clear()
+                self._answer(original, calls)
+            return (sample,)
 
         return forward
 
-    def step_ends(self) -> None:
-        """Refuse a step that had one branch only: this rank's answer, or nothing, would stand for both."""
-        missing, self._samples = len(self._samples), []
+    def _answer(self, original: Callable[..., Any], calls: list[_Call]) -> None:
+        own = calls[self._index]
+        named = self._enter is not None and own.context is not None and own.context != self._context
+        with self._enter(own.context) if named else nullcontext():
+            answer = sample_of(original(**own.arguments))
+        if answer.shape != own.sample.shape:
+            raise ValueError(
+                f"--use_cfg_parallel: the transformer makes {tuple(answer.shape)} of {tuple(own.sample.shape)}, and "
+                "must leave the shape as it is; leave --use_cfg_parallel out"
+            )
+        own.sample.copy_(answer)
+        with self._clock("waiting"):
+            for branch, call in enumerate(calls):
+                dist.broadcast(call.sample, src=dist.get_global_rank(self._group, branch), group=self._group)
+
+    def _check_step(self) -> None:
+        """Refuse a step that had one branch only: nothing has been evaluated for it, on any rank."""
+        missing = len(self._calls)
+        self._calls.clear()
         if missing:
             raise ValueError(
                 "--use_cfg_parallel: this step called the transformer once; give a negative prompt and "
                 "true_cfg_scale above 1, or leave --use_cfg_parallel out"
             )
+
+
+def _kept(value: Any) -> Any:
+    """The same tensors in containers of their own: pipelines change a dict between the two calls."""
+    if isinstance(value, dict):
+        return {name: _kept(each) for name, each in value.items()}
+    return [_kept(each) for each in value] if type(value) is list else value
+
+
+def _same(first: Any, second: Any) -> bool:
+    """Whether two timesteps are the same: the scheduler that was attached to may have been replaced."""
+    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
+        return first is second or torch.equal(first, second)
+    return first == second

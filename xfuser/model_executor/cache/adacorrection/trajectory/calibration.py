@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -84,6 +85,22 @@ class Calibration:
     @property
     def steps(self) -> int:
         return self.gram.steps
+
+    def digest(self) -> str:
+        """Hash what decides how a generation runs: plans, weights and all that one of them is chosen by.
+
+        Inner products and normal equations, from which more could be learned, are left out: they decide nothing yet.
+        """
+        known = {
+            name: (list(each.plan.kinds), each.shrinkage, each.psnr, each.decoded)
+            for name, each in self.learned.items()
+        }
+        chosen_by = (self.key, self.steps, self.images, self.places, self.timing, self.notes, self.apart, known)
+        hashed = hashlib.sha256(json.dumps([*chosen_by, self.half_names], sort_keys=True, default=str).encode())
+        for each in self.learned.values():
+            for weights in each.weights:
+                hashed.update(weights.detach().cpu().contiguous().numpy().tobytes())
+        return hashed.hexdigest()
 
     def save(self, path: Path, compact: bool = False) -> None:
         """Write PATH (safetensors) and PATH with .json, under temporary names until they are whole.

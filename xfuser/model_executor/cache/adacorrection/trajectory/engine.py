@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from xfuser.core.distributed.agreement import Agreement
 from xfuser.core.distributed.environment import synchronize
 from xfuser.model_executor.cache.adacorrection.trajectory.branches import HalfBatch
 from xfuser.model_executor.cache.adacorrection.trajectory.calibration import Calibration, Learned, Store
@@ -39,7 +40,7 @@ class TrajectoryEngine:
     Args:
         pipeline: A diffusers pipeline with a denoiser and a scheduler.
         config: The settings.
-        agree: Makes all ranks that share an image take the first one's object; by default there is one process.
+        agreement: Of the ranks that share an image; by default there is one process.
         stores: Whether this process writes calibrations.
         apart: Whether one branch of guidance may be evaluated without the other.
     """
@@ -48,7 +49,7 @@ class TrajectoryEngine:
         self,
         pipeline: Any,
         config: TrajectoryConfig,
-        agree: Callable[[Any], Any] | None = None,
+        agreement: Agreement | None = None,
         stores: bool = True,
         apart: bool = True,
     ) -> None:
@@ -60,7 +61,7 @@ class TrajectoryEngine:
         self.chosen: Learned | None = None
         self.half_batch = HalfBatch()
         self.observer: Finer | None = None
-        self.agree = agree or (lambda value: value)
+        self.agreement = agreement or Agreement()
         self.stores = stores and config.calibration != FIRST
         learns = config.calibration in (AUTO, FIRST)
         self._given = None if learns else Calibration.load(Path(config.calibration))
@@ -241,7 +242,7 @@ class TrajectoryEngine:
         if self._learner.takes(generation):
             return
         key, document = self.key_of(generation)
-        found = self.agree(self._find(key, document))
+        found = self.agreement.shared(lambda: self._find(key, document), _digest_of)
         self.calibration = found
         wanted = self.config.calibration_images
         if found is not None and self._given is None:
@@ -285,7 +286,10 @@ class TrajectoryEngine:
         """Take a calibration for the one in force, and store it."""
         self._known[calibration.key] = self.calibration = calibration
         if self.stores:
-            self.store.keep(calibration)
+            try:
+                self.store.keep(calibration)
+            except OSError as error:  # the image is there, on every rank; only this one has something to write
+                self._say(f"what was learned cannot be stored, and is learned again by the next process: {error}")
 
     def _finish_recording(self, generation: Generation, call: PipelineCall) -> None:
         if self._learner.collect(generation, call):
@@ -348,7 +352,7 @@ class TrajectoryEngine:
 
 def attach_trajectory(
     pipeline: Any,
-    agree: Callable[[Any], Any] | None = None,
+    agreement: Agreement | None = None,
     stores: bool = True,
     apart: bool = True,
     above_blocks: bool = False,
@@ -358,7 +362,7 @@ def attach_trajectory(
 
     Args:
         pipeline: The pipeline.
-        agree: Makes all ranks that share an image take the first one's object.
+        agreement: Of the ranks that share an image; by default there is one process.
         stores: Whether this process writes calibrations.
         apart: Whether one branch of guidance may be evaluated without the other.
         above_blocks: Whether an engine at the block level may be attached to the pipeline already.
@@ -374,4 +378,8 @@ def attach_trajectory(
         raise TypeError(f"unknown setting {', '.join(unknown)} for the trajectory; known are {', '.join(known)}")
     config = TrajectoryConfig(**settings)
     check_pipeline(pipeline, above_blocks)
-    return TrajectoryEngine(pipeline, config, agree, stores, apart)
+    return TrajectoryEngine(pipeline, config, agreement, stores, apart)
+
+
+def _digest_of(calibration: Calibration | None) -> str | None:
+    return None if calibration is None else calibration.digest()

@@ -96,7 +96,11 @@ class Learner:
         return True
 
     def unusable(self, generation: Generation) -> str | None:
-        """Say why nothing can be learned from a recorded generation; ``None`` where all is well."""
+        """Say why nothing can be learned from a recorded generation; ``None`` where all is well. Collective."""
+        told = self._engine.agreement.gather(self._problem_of(generation))
+        return next((problem for problem in told if problem is not None), None)
+
+    def _problem_of(self, generation: Generation) -> str | None:
         recording = generation.recording
         if generation.broken is not None:
             return generation.broken
@@ -124,12 +128,12 @@ class Learner:
         after = call.random.now()
         try:
             sample = self._sample(generation, call)
-            calibration = engine.agree(self._joined(engine.known(sample.key), [sample]))
-            for plan in self._plans(calibration, [sample]):
+            calibration = engine.agreement.first(self._joined(engine.known(sample.key), [sample]))
+            for plan in engine.agreement.first(self._plans(calibration, [sample])):
                 self.fit(calibration, plan, [sample])
         finally:
             after.restore()
-        return engine.agree(calibration)
+        return engine.agreement.first(calibration)
 
     def learn_from(
         self, calls: Sequence[dict[str, Any]], evaluations: Sequence[float], progress: Callable[[], None]
@@ -148,10 +152,10 @@ class Learner:
             raise NotLearnable("the pipeline took no scheduler step, so there is nothing to learn from")
         if len({sample.key for sample in samples}) > 1:
             raise NotLearnable("the calls differ in their steps, guidance or scheduler; learn from calls of one kind")
-        calibration = engine.agree(self._joined(None, samples))
+        calibration = engine.agreement.first(self._joined(None, samples))
         budgets = [round(share * FULL * calibration.steps) for share in evaluations]
         self._learn_budgets(calibration, samples, budgets, progress)
-        calibration = engine.agree(calibration)
+        calibration = engine.agreement.first(calibration)
         engine.keep(calibration)
         return calibration
 
@@ -259,7 +263,7 @@ class Learner:
             plans.append(Scheduler.of(calibration.gram, units, True).plan(units))
         plans.append(Scheduler.of(calibration.gram, FULL * whole, False).plan(FULL * whole))
         plans.append(even_placement(calibration.steps, whole))
-        return list({plan.digest: plan for plan in plans}.values())
+        return self._engine.agreement.first(list({plan.digest: plan for plan in plans}.values()))
 
     def _learn_budgets(
         self, calibration: Calibration, samples: list[Sample], budgets: list[int], progress: Callable[[], None]
@@ -301,7 +305,7 @@ class Learner:
         learned = calibration.learned.get(plan.digest) or Learned(plan)
         if plan.is_full:  # without weights; exact, unless the reference is another run
             runs = [(sample, pixels_of(sample.call.result), sample.recording.latents[-1]) for sample in samples]
-            scores = [_psnr(*run) for run in runs]
+            scores = self._engine.agreement.first([_psnr(*run) for run in runs])
             learned.psnr, learned.decoded = [each for psnr, _ in scores for each in psnr], scores[0][1]
             samples = []
         for sample in samples:
@@ -309,7 +313,8 @@ class Learner:
             fit = Fit(sample.reference, learned.equations, raw)
             result, last = self._run(sample, plan, fit)
             learned.equations, learned.weights, learned.shrinkage = fit.equations, fit.weights, fit.shrinkage
-            psnr, learned.decoded = _psnr(sample, pixels_of(result), last)
+            # Searches go by it, so that a last bit of a rank's own must not send it another way.
+            psnr, learned.decoded = self._engine.agreement.first(_psnr(sample, pixels_of(result), last))
             learned.psnr += psnr
         calibration.learned[plan.digest] = learned
         return learned
