@@ -37,6 +37,15 @@ def test_displaced_steps_stay_close(two: Pool, four: Pool) -> None:
         assert least <= ours < 100, "displaced steps cannot be exact"
 
 
+def test_no_warmup_displaces_from_the_second_step_on(two: Pool) -> None:
+    """xDiT's own README names ``--warmup_steps 0``; the first step has nothing to read that is older."""
+    job = Job("small-dit", {"pipefusion_parallel_degree": 2, "warmup_steps": 0}, {"use_cache": None}, steps=5)
+    outcomes = two.run(job)
+    assert_alike(outcomes)
+    said = outcomes[0].summary["pipefusion"]
+    assert (said["synchronous_steps"], said["displaced_steps"]) == (1, 4)
+
+
 def test_a_stage_holds_its_own_weights(two: Pool) -> None:
     job = job_of(2)
     whole = alone(job).parameter_bytes

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+from xfuser.config.degrees import DataDegrees, SequenceDegrees, StageDegrees, TensorDegrees
+
 DIMENSIONS = ("data", "cfg", "pipefusion", "ring", "ulysses")
 
 
@@ -19,7 +21,8 @@ class ParallelConfig:
         ring_degree: Ranks that pass keys and values round (ring attention, arXiv 2310.01889).
         ulysses_degree: Ranks that exchange tokens for heads (DeepSpeed-Ulysses, arXiv 2309.14509).
         num_pipeline_patch: Patches that the tokens are split into for PipeFusion; by default one a stage.
-        warmup_steps: PipeFusion: leading steps in which every token attends to fresh keys and values, at least 1.
+        warmup_steps: PipeFusion: leading steps in which every token attends to fresh keys and values, at least 0. The
+            first step always is one, since nothing is remembered before it: 0 and 1 displace from the second step on.
         attn_layer_num_for_pp: PipeFusion: blocks of every stage; by default as even as possible.
         pipefusion_max_lag: PipeFusion: how many steps old remembered keys and values may be, at least 0. Where they
             would be older, the step is synchronous. By default 1, and 0 with a cache.
@@ -46,7 +49,7 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         for name in ("data_parallel_degree", "pipefusion_parallel_degree", "ring_degree", "ulysses_degree"):
             _at_least(name, getattr(self, name), 1)
-        _at_least("warmup_steps", self.warmup_steps, 1)
+        _at_least("warmup_steps", self.warmup_steps, 0)
         if self.num_pipeline_patch is not None:
             _at_least("num_pipeline_patch", self.num_pipeline_patch, 1)
         if self.pipefusion_max_lag is not None:
@@ -89,6 +92,31 @@ class ParallelConfig:
         return self.pipefusion_parallel_degree
 
     @property
+    def tp_degree(self) -> int:
+        """xDiT's name of the degree of tensor parallelism, which there is none of."""
+        return 1
+
+    @property
+    def dp_config(self) -> DataDegrees:
+        """The images' and the branches' degrees, as xDiT's scripts read them."""
+        return DataDegrees(self.data_parallel_degree, self.use_cfg_parallel, self.cfg_degree)
+
+    @property
+    def sp_config(self) -> SequenceDegrees:
+        """The tokens' degrees, as xDiT's scripts read them."""
+        return SequenceDegrees(self.ulysses_degree, self.ring_degree, self.sequence_degree)
+
+    @property
+    def pp_config(self) -> StageDegrees:
+        """PipeFusion's degrees, as xDiT's scripts read them."""
+        return StageDegrees(self.pipefusion_parallel_degree, self.patches, self.attn_layer_num_for_pp)
+
+    @property
+    def tp_config(self) -> TensorDegrees:
+        """The degree of tensor parallelism, as xDiT's scripts read it."""
+        return TensorDegrees()
+
+    @property
     def patches(self) -> int:
         return self.num_pipeline_patch or self.pipefusion_parallel_degree
 
@@ -124,12 +152,7 @@ class ParallelConfig:
 
     def check_model(self, heads: int, blocks: int) -> None:
         """Refuse degrees that a model's attention heads or blocks do not allow (ValueError)."""
-        if heads % self.ulysses_degree:
-            fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
-            raise ValueError(
-                f"--ulysses_degree {self.ulysses_degree} does not divide the model's {heads} attention heads; "
-                f"choose one of {fitting}, or use --ring_degree"
-            )
+        self.check_heads(heads)
         if self.pipefusion_parallel_degree > blocks:
             raise ValueError(
                 f"--pipefusion_parallel_degree {self.pipefusion_parallel_degree}: the model has only {blocks} blocks"
@@ -139,6 +162,15 @@ class ParallelConfig:
             raise ValueError(
                 f"--attn_layer_num_for_pp {' '.join(map(str, split))} adds up to {sum(split)}; the model has {blocks} "
                 "blocks"
+            )
+
+    def check_heads(self, heads: int) -> None:
+        """Refuse a Ulysses degree that a model's attention heads do not allow (ValueError)."""
+        if heads % self.ulysses_degree:
+            fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+            raise ValueError(
+                f"--ulysses_degree {self.ulysses_degree} does not divide the model's {heads} attention heads; "
+                f"choose one of {fitting}, or use --ring_degree"
             )
 
     def check_tokens(self, tokens: int) -> None:
