@@ -114,7 +114,7 @@ class Learner:
                 return f"it stopped after {done} of {len(given)} steps"
         if done < 2:
             return "it has one step only"
-        if not all(bool(torch.isfinite(latents).all()) for latents in recording.latents):
+        if not all(bool(torch.isfinite(latents).all()) for latents in (*recording.latents, generation.last_latents)):
             return "its latents are not finite"
         return None
 
