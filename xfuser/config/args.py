@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -18,33 +17,27 @@ from xfuser.config.arguments import (
     parallel_config,
     positive,
 )
+from xfuser.config.cache import METHODS
 from xfuser.config.config import OUTPUT_TYPES, EngineConfig, InputConfig, ModelConfig, RuntimeConfig
 from xfuser.config.parallel import ParallelConfig
+from xfuser.config.parser import OneLineParser
 from xfuser.config.refused import RefusedArguments, add_refused_arguments
+from xfuser.config.workers import WorkerArguments, add_worker_arguments
+from xfuser.core.launched import launched
 
-METHODS = ("None", "Fast", "Tea", "Fb", "Interval")
 
-
-class FlexibleArgumentParser(argparse.ArgumentParser):
+class FlexibleArgumentParser(OneLineParser):
     """Takes flags with dashes for those with underscores, and says in one line what is wrong with one."""
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        given = sys.argv[1:] if args is None else args
-        return super().parse_args([_with_underscores(each) for each in given], namespace)
+    def __init__(self, *args: Any, allow_abbrev: bool = True, **settings: Any) -> None:
+        super().__init__(*args, allow_abbrev=allow_abbrev, **settings)
 
     def error(self, message: str) -> Any:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def _with_underscores(argument: str) -> str:
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument[2:].partition("=")
-    return f"--{name.replace('-', '_')}{equals}{value}"
+        self.exit(2, f"{self.prog}: error: {message.removeprefix('argument ')}\n")
 
 
 @dataclass
-class xFuserArgs(RefusedArguments):  # noqa: N801 (xDiT's name)
+class xFuserArgs(WorkerArguments, RefusedArguments):  # noqa: N801 (xDiT's name)
     """Settings as xDiT's scripts take them, with this engine's cache settings beside them.
 
     Raises:
@@ -53,6 +46,7 @@ class xFuserArgs(RefusedArguments):  # noqa: N801 (xDiT's name)
 
     model: str = ""
     download_dir: str | None = None
+    trust_remote_code: bool = False  # changes nothing: no code is run that comes with a model
     # runtime
     warmup_steps: int = 1
     use_parallel_vae: bool = False
@@ -109,6 +103,7 @@ class xFuserArgs(RefusedArguments):  # noqa: N801 (xDiT's name)
         """Add every flag to a parser, and return it."""
         parser.add_argument("--model", required=True, help="folder or hub id of a diffusers pipeline")
         parser.add_argument("--download_dir", help="where downloads are kept (default: Hugging Face's own cache)")
+        parser.add_argument("--trust_remote_code", action="store_true", help="changes nothing: no such code is run")
         group = parser.add_argument_group("input")
         group.add_argument("--prompt", nargs="*", default="", help="one image a prompt")
         group.add_argument("--negative_prompt", nargs="*", default="", help="one for each prompt (default: none)")
@@ -125,10 +120,13 @@ class xFuserArgs(RefusedArguments):  # noqa: N801 (xDiT's name)
         group.add_argument("--enable_tiling", action="store_true", help="decode an image in tiles")
         group.add_argument("--enable_slicing", action="store_true", help="decode one image at a time")
         add_parallel_arguments(parser)
+        add_worker_arguments(parser)
         group = parser.add_argument_group("cache")
         group.add_argument("--use_teacache", action="store_true", help="the same as --use_cache Tea")
         group.add_argument("--use_fbcache", action="store_true", help="the same as --use_cache Fb")
-        group.add_argument("--use_cache", choices=METHODS, help="the base method (default: the script's)")
+        group.add_argument(
+            "--use_cache", choices=list(map(str, METHODS)), help="base method (default: the script's)"
+        )
         group.add_argument("--rel_l1_thresh", type=float, help="its threshold (default: the script's, or the model's)")
         add_base_arguments(parser)
         add_correction_arguments(parser)
@@ -143,6 +141,8 @@ class xFuserArgs(RefusedArguments):  # noqa: N801 (xDiT's name)
     def create_config(self) -> tuple[EngineConfig, InputConfig]:
         """Check the settings, meet the job's other processes, and place this one among them.
 
+        With ``use_ray`` nobody is met: the processes are started by `RayDiffusionPipeline.from_pretrained`.
+
         Returns:
             What to load and how to run it, and what to generate.
 
@@ -151,16 +151,19 @@ class xFuserArgs(RefusedArguments):  # noqa: N801 (xDiT's name)
         """
         self.check_refused()
         parallel = self.parallel_config()
+        self.check_workers(parallel.world_size, self.use_parallel_vae, launched())
         engine_config = EngineConfig(
             ModelConfig(self.model, self.download_dir),
             RuntimeConfig(
                 warmup_steps=parallel.warmup_steps,
-                use_parallel_vae=self.use_parallel_vae,
+                use_parallel_vae=parallel.use_parallel_vae,
                 use_torch_compile=self.use_torch_compile,
                 use_teacache=self.use_teacache,
                 use_fbcache=self.use_fbcache,
                 enable_tiling=self.enable_tiling,
                 enable_slicing=self.enable_slicing,
+                use_ray=self.use_ray,
+                vae_parallel_size=self.vae_parallel_size,
             ),
             parallel,
             self.cache_settings(),
@@ -180,14 +183,17 @@ class xFuserArgs(RefusedArguments):  # noqa: N801 (xDiT's name)
         # The only import that runs upward: xDiT's scripts expect this call to start the processes.
         from xfuser.core.distributed.parallel_state import start
 
-        start(parallel)
+        if not self.use_ray:  # otherwise the processes that Ray starts meet each other
+            start(parallel)
         return engine_config, input_config
 
     def parallel_config(self) -> ParallelConfig:
         """The degrees. What xDiT's launch scripts name for PipeFusion without using it is left out."""
         settings = Namespace(**vars(self))
+        if self.vae_parallel_size:  # then those decode that do nothing else
+            settings.use_parallel_vae = False
         if self.pipefusion_parallel_degree == 1:
-            settings.warmup_steps = max(self.warmup_steps, 1)
+            settings.warmup_steps = 1
             if self.num_pipeline_patch == 1:
                 settings.num_pipeline_patch = None
         return parallel_config(settings)

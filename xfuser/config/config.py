@@ -6,11 +6,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from xfuser.config.parallel import ParallelConfig
+from xfuser.names import looked_up
 
 if TYPE_CHECKING:
     import torch
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+__getattr__ = looked_up(__name__, {})
 
 
 @dataclass
@@ -26,7 +29,7 @@ class RuntimeConfig:
     """How it runs.
 
     Args:
-        warmup_steps: PipeFusion's leading synchronous steps.
+        warmup_steps: PipeFusion's leading synchronous steps; the first step always is one.
         dtype: What weights are loaded in where ``from_pretrained`` is not told a dtype.
         use_parallel_vae: Whether the ranks that share an image decode it together.
         use_torch_compile: Whether the blocks are compiled.
@@ -34,6 +37,8 @@ class RuntimeConfig:
         use_fbcache: Whether First Block Cache was asked for.
         enable_tiling: Decode the image in tiles.
         enable_slicing: Decode one image at a time.
+        use_ray: Whether Ray starts the processes.
+        vae_parallel_size: Ray: processes that do nothing but decode.
     """
 
     warmup_steps: int = 1
@@ -44,6 +49,8 @@ class RuntimeConfig:
     use_fbcache: bool = False
     enable_tiling: bool = False
     enable_slicing: bool = False
+    use_ray: bool = False
+    vae_parallel_size: int = 0
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,13 @@ def _refused(default: Any, instead: str) -> Any:
 _SPLIT = "use --ulysses_degree, --ring_degree or --pipefusion_parallel_degree"
 _STAGES = "PipeFusion's stages hold only their own weights; use --pipefusion_parallel_degree"
 _QUANTISED = "weights are not quantised here; leave it out"
-_RAY = "processes are started by torchrun; use --nproc_per_node"
+_RAY = "processes are started by torchrun here; scripts start them with Ray through RayDiffusionPipeline"
 _OFFLOAD = "weights stay on the device; use --pipefusion_parallel_degree to hold fewer of them"
 _ATTENTION = "attention is not compressed here; use --use_cache"
 _COMPILED = "use --use_torch_compile"
+_SCHEDULED = "precision and attention are the same at every step; leave it out"
+_TIMED = "every image is made once; time methods with benchmark/cache_execute.py"
+_HOSTS = "for several hosts, start torchrun on each of them with scripts/generate.py"
 _IMAGES = "this engine generates images from text; leave it out"
 
 
@@ -38,10 +41,6 @@ class RefusedArguments:
     use_fp4_gemms: bool = _refused(False, _QUANTISED)
     use_onediff: bool = _refused(False, _COMPILED)
     attention_backend: str | None = _refused(None, "it follows from the device; leave it out")
-    use_ray: bool = _refused(False, _RAY)
-    ray_world_size: int = _refused(1, _RAY)
-    dit_parallel_size: int = _refused(0, "all processes run the transformer; leave it out")
-    vae_parallel_size: int = _refused(0, "the ranks that share an image decode it; use --use_parallel_vae")
     enable_sequential_cpu_offload: bool = _refused(False, _OFFLOAD)
     enable_model_cpu_offload: bool = _refused(False, _OFFLOAD)
     use_fast_attn: bool = _refused(False, _ATTENTION)
@@ -53,7 +52,6 @@ class RefusedArguments:
     img_file_path: str | None = _refused(None, _IMAGES)
     wan_teacache_thresh: float | None = _refused(None, _IMAGES)
     wan_teacache_use_ret_steps: bool = _refused(False, _IMAGES)
-    trust_remote_code: bool = _refused(False, "no code is run that comes with a model; leave it out")
 
     def check_refused(self) -> None:
         """Raise ValueError for the first flag that has another value than the one that means nothing."""
@@ -95,17 +93,57 @@ def add_refused_arguments(parser: argparse.ArgumentParser) -> None:
         )
 
 
-# Flags of xDiT's newer commands, for a command line that never had the others' meaningless values.
+# Flags of xDiT's newer commands, of its runner, and those that only its scripts have.
 FURTHER = {
+    "use_ray": _RAY,
+    "ray_world_size": _RAY,
+    "dit_parallel_size": "all processes run the transformer; leave it out",
+    "vae_parallel_size": "the ranks that share an image decode it; use --use_parallel_vae",
+    "trust_remote_code": "no code is run that comes with a model; leave it out",
     "fully_shard": _STAGES,
     "use_int8": _QUANTISED,
     "quantization": _QUANTISED,
     "quantize": _QUANTISED,
     "quantize_transformer": _QUANTISED,
+    "cross_attention_backend": "it follows from the device; leave it out",
+    "dataset_path": "use --prompt; `xdit calibrate` takes --prompts FILE",
+    "download_dir": "downloads are kept where HF_HOME says; set it",
+    "flow_shift": "the model's own scheduler settings are used; leave it out",
+    "guidance_scale_2": "no model here has a second scale; use --guidance_scale",
+    "input_images": _IMAGES,
+    "resize_input_images": _IMAGES,
+    "task": _IMAGES,
+    "memory_efficient_sharding": _STAGES,
+    "no_reshard_after_forward": _STAGES,
+    "num_iterations": _TIMED,
+    "repetition_sleep_duration": _TIMED,
+    "warmup_calls": _TIMED,
+    "profile": _TIMED,
+    "no_use_resolution_binning": "sizes are the pipeline's business; leave it out",
+    "use_vae_channels_last_format": "use --enable_tiling, --enable_slicing or --use_parallel_vae, or leave it out",
+    "nproc_per_node": "the degrees multiply to the number of processes; leave it out",
 }
 PREFIXES = {
     "quantiz": _QUANTISED,
-    "use_hybrid_": "name --use_cfg_parallel, --ulysses_degree, --ring_degree and --pipefusion_parallel_degree yourself",
+    "use_hybrid_": _SCHEDULED,
+    "hybrid_": _SCHEDULED,
+    "num_hybrid_": _SCHEDULED,
+    "fp8_precision_": _QUANTISED,
+    "profile_": _TIMED,
+    "use_ssta_": _ATTENTION,
+    "spargeattn_": _ATTENTION,
+    "use_spargeattn_": _ATTENTION,
+    "no_spargeattn_": _ATTENTION,
+    "no_use_spargeattn_": _ATTENTION,
+    "vsa_": _ATTENTION,
+    "use_vsa_": _ATTENTION,
+    "no_vsa_": _ATTENTION,
+    "no_use_vsa_": _ATTENTION,
+    "distilled_": "name the folder of the whole pipeline with --model",
+    "lora_": "load it with pipeline.load_lora_weights() in Python; the cache goes with it",
+    "nnodes": _HOSTS,
+    "node_rank": _HOSTS,
+    "master_": _HOSTS,
 }
 
 

@@ -1,0 +1,1 @@
+"""Pipelines whose processes are started by Ray instead of torchrun."""

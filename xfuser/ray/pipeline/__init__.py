@@ -1,0 +1,1 @@
+"""The import path that xDiT's scripts know `RayDiffusionPipeline` by."""
