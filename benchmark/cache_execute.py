@@ -5,7 +5,8 @@
     python benchmark/cache_execute.py --sweep
     torchrun --nproc_per_node=2 benchmark/cache_execute.py --ulysses_degree 2
 
-Writes cache_execute_results.json, the images, comparison_sheet.png and report.html into --output_dir.
+Writes cache_execute_results.json, the images, comparison_sheet.png and report.html into --output_dir. A row that fails
+does not keep the others from being written; the exit code is then 1, and 3 where a cache never hit.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from benchmark.common import (  # noqa: E402
     sampling_of,
 )
 from benchmark.judge import Judge  # noqa: E402
-from benchmark.measure import Run, measure  # noqa: E402
+from benchmark.measure import measure  # noqa: E402
+from benchmark.outcomes import Run, exit_code, failures, remarks  # noqa: E402
 from benchmark.rows import SUFFIX, Correction, Row, build_rows, on_trajectory, wanted_methods  # noqa: E402
 from benchmark.sweep import INTERVALS, POINTS, RANGE, Sweep, build_sweep, left_out  # noqa: E402
 from xfuser.config.arguments import (  # noqa: E402
@@ -46,9 +48,9 @@ from xfuser.config.arguments import (  # noqa: E402
     correction_settings,
     parallel_config,
     positive,
-    resolve_model,
 )
 from xfuser.config.parallel import ParallelConfig  # noqa: E402
+from xfuser.config.parser import OneLineParser  # noqa: E402
 from xfuser.config.refused import refuse_unsupported  # noqa: E402
 from xfuser.core.distributed.environment import (  # noqa: E402
     choose_device,
@@ -64,6 +66,7 @@ from xfuser.core.files import write_json  # noqa: E402
 from xfuser.model_executor.cache.adacorrection.trajectory.calibration import is_trajectory  # noqa: E402
 from xfuser.model_executor.parallel import check_combination  # noqa: E402
 from xfuser.model_executor.pipelines import MODEL_TYPES, LoadedPipeline, load_pipeline  # noqa: E402
+from xfuser.model_executor.pipelines.choosing import resolve_model  # noqa: E402
 from xfuser.model_executor.pipelines.generate import save_image  # noqa: E402
 from xfuser.model_executor.pipelines.loading import shipped_tiny_dit  # noqa: E402
 from xfuser.model_executor.pipelines.outline import outline  # noqa: E402
@@ -75,7 +78,7 @@ SHEET_COLUMNS = 12
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    result = OneLineParser(description=__doc__.splitlines()[0])
     add_model_arguments(result, list(MODEL_TYPES))
     add_sampling_arguments(result)
     result.set_defaults(num_images=128)
@@ -134,7 +137,7 @@ def traces_of(runs: list[Run]) -> dict[str, dict[str, Any]]:
     """Decisions and errors of each corrected row's last batch, for the heat maps."""
     traces = {}
     for run in runs:
-        if run.row.config.mode is None or not run.row.kept or run.row.trajectory is not None:
+        if run.row.config.mode is None or not run.row.kept or run.row.trajectory is not None or run.inactive:
             continue
         summary = run.summary
         names = {"evaluated": "plan", "predicted": "predicted_errors", "true": "true_errors", "weights": "weights"}
@@ -152,7 +155,7 @@ def trajectories_of(runs: list[Run], judge: Judge) -> dict[str, dict[str, Any]]:
             "psnr": [(run.summary["predicted"]["psnr"], judge.psnr_of(run).tolist())],
         }
         for run in runs
-        if run.row.trajectory is not None and run.summary.get("predicted")
+        if run.row.trajectory is not None and not run.inactive and run.summary.get("predicted")
     }
 
 
@@ -226,7 +229,7 @@ def check_parallel(args: argparse.Namespace, parallel: ParallelConfig, rows: lis
 
 def execute(args: argparse.Namespace, console: Console) -> dict[str, Any] | None:
     """Run the comparison and write its files; returns the document, on the first rank."""
-    resolve_model(args, MODEL_TYPES)
+    resolve_model(args)
     device = choose_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -262,6 +265,7 @@ def execute(args: argparse.Namespace, console: Console) -> dict[str, Any] | None
         **describe_run(loaded, sampling, {"cache_methods": args.cache_methods} | spread),
         "results": results,
         "comparisons": judge.comparisons(runs),
+        "failures": failures(everything),
     }
     if sweep is not None:
         document["sweep"] = sweep.to_dict(left_out(everything), results)
@@ -304,7 +308,11 @@ def main() -> None:
     else:
         console.print(results_table(document, console.width))
         print_comparisons(document, console)
+    for remark in remarks(document):
+        console.print(remark, markup=False, highlight=False, soft_wrap=True)
     console.print(f"report: {args.output_dir / 'report.html'}")
+    if code := exit_code(document):
+        raise SystemExit(code)
 
 
 if __name__ == "__main__":

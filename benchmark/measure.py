@@ -5,22 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmark.matching import ALLOWED, RETRY_LIMIT, SEARCH_LIMIT, Match, dial_of, search
+from benchmark.outcomes import Run, Unreportable, check, leave_out
 from benchmark.rows import Row
 from xfuser.config import CacheConfig
 from xfuser.core.distributed.environment import synchronize
+from xfuser.core.distributed.failing import one_line
 from xfuser.core.distributed.mesh import ParallelMesh
 from xfuser.model_executor.cache import CacheEngine, apply_cache_on_pipeline
 from xfuser.model_executor.cache.adacorrection.trajectory import TrajectoryEngine, attach_trajectory
 from xfuser.model_executor.cache.adacorrection.trajectory.calibration import Calibration
-from xfuser.model_executor.cache.flops import StepFlops
 from xfuser.model_executor.parallel import ParallelPipeline, parallelize
 from xfuser.model_executor.pipelines import LoadedPipeline
 
@@ -32,46 +32,6 @@ DEFAULT_PROMPTS = (
 )
 WARMUP_SEED = 1 << 30  # far from any seed a user counts up from
 HOPELESS = 0.05  # share of the FLOPs by which a setting at its end misses the base, so that the run need not begin
-
-
-@dataclass
-class Run:
-    """What one row has produced so far.
-
-    Attributes:
-        row: What it is.
-        images: All its batches, or, where the row's images are not kept, the last one.
-        summary: The engine's, of the last batch.
-        flops: What one call costs, as the engine counted it.
-        match: Where a setting is searched.
-        left_out: Why nothing is reported of it.
-    """
-
-    row: Row
-    images: list[np.ndarray] = field(default_factory=list)
-    batch_seconds: list[float] = field(default_factory=list)
-    batch_sizes: list[int] = field(default_factory=list)
-    hit_rates: list[float] = field(default_factory=list)
-    flops_saved: list[float] = field(default_factory=list)
-    coverage: list[float] = field(default_factory=list)
-    steps: list[int] = field(default_factory=list)
-    non_finite: int = 0
-    summary: dict[str, Any] = field(default_factory=dict)
-    flops: dict[tuple[Any, ...], StepFlops] | None = None
-    match: Match | None = None
-    left_out: str | None = None
-
-    @property
-    def pixels(self) -> np.ndarray:
-        return np.concatenate(self.images)
-
-    @property
-    def seconds(self) -> float:
-        return float(sum(self.batch_seconds))
-
-    @property
-    def images_per_second(self) -> float:
-        return sum(self.batch_sizes) / self.seconds
 
 
 @dataclass(frozen=True)
@@ -94,10 +54,6 @@ def conditions_of(loaded: LoadedPipeline, sampling: Sampling, start: int, size: 
         classes = loaded.num_classes()
         return [index % classes for index in range(start, start + size)]
     return [sampling.prompts[index % len(sampling.prompts)] for index in range(start, start + size)]
-
-
-class Unreportable(RuntimeError):
-    """A row that nothing may be reported of under its name."""
 
 
 @dataclass(frozen=True)
@@ -138,14 +94,18 @@ def measure(
         rows: The uncached row first, and every base method before what belongs to it.
         sampling: What is generated.
         see: Called after every batch with the runs, whose newest images are of that batch, and its conditions.
-        lenient: Leave a row that cannot be reported out, and say so in its ``left_out``, instead of failing.
+        lenient: Take a row that cannot be reported, or never hits, for one of many settings and not for a failure.
         mesh: The ranks that every row is spread over; all of them call this, and go through the same batches, since
             what they decide by is the same on each: hit rates, FLOPs and images, never seconds.
 
+    Returns:
+        A run for every row. What nothing can be reported of says so in its ``left_out``, in a line: an exception, a
+        method that was not active, that did not match what it had to, or that produced something that is no image. The
+        other rows go on without it.
+
     Raises:
-        Unreportable: A row's method never hit, did not match what it had to, or produced something that is no image. A
-            method that raises is not caught: its row cannot be reported.
-        RuntimeError: A row's method was not active, or its images contradict its decisions.
+        Exception: The uncached row failed, which all others are compared with; or a row failed on several ranks, where
+            the others cannot know of it.
     """
     return _Measurement(loaded, rows, sampling, lenient, mesh).run(see)
 
@@ -192,16 +152,17 @@ class _Measurement:
 
     @contextmanager
     def _watched(self, run: Run) -> Iterator[None]:
-        """Leaves a row that cannot be reported out where that is allowed, and with a base method all of its rows."""
+        """Takes a row that fails, or cannot be reported, out of the comparison; all others go on."""
         try:
             yield
         except Unreportable as error:
-            if not self.lenient or run.row.base is None:
+            if run.row.base is None:
                 raise
-            for other in self.runs:
-                if other is run or (run.row.method == run.row.base and other.row.base == run.row.base):
-                    other.left_out = other.left_out or str(error)
-                    other.images.clear()
+            leave_out(run, self.runs, str(error), failed=not self.lenient)
+        except Exception as error:
+            if run.row.base is None or (self.mesh is not None and self.mesh.world_size > 1):
+                raise
+            leave_out(run, self.runs, f"{run.row.method}: {one_line(error)}", failed=True)
 
     def _warm_up(self, run: Run, advance: Callable[[], None]) -> None:
         """The first batch, with other noise; where a setting is to be found, until it is."""
@@ -272,9 +233,9 @@ class _Measurement:
                 self._conditions(batch),
                 [batch.seed + index for index in range(batch.start, batch.start + batch.size)],
                 steps,
-                sampling.guidance_scale,
-                sampling.height,
-                sampling.width,
+                guidance_scale=sampling.guidance_scale,
+                height=sampling.height,
+                width=sampling.width,
             )
             synchronize(device)
             seconds = time.perf_counter() - begin
@@ -341,44 +302,3 @@ def _in_turn(runs: list[Run], index: int) -> list[Run]:
     ordered = list(groups.values())
     shift = index % len(ordered)
     return [run for group in ordered[shift:] + ordered[:shift] for run in group]
-
-
-def check(run: Run, runs: list[Run], lenient: bool) -> None:
-    """Raise where nothing may be reported of a run under its name; see `measure`."""
-    method = run.row.method
-    if run.left_out is not None or run.row.config.use_cache is None:
-        return
-    if "plan" not in run.summary or run.summary["steps"] == 0:
-        raise RuntimeError(f"{method}: the cache was attached, but saw no step; nothing is reported under its name")
-    if run.row.config.mode != "blend" and sum(run.hit_rates) == 0:
-        raise Unreportable(
-            f"{method}: it never hit, so its row would be another name for None; raise its threshold or budget"
-        )
-    if run.match is not None and not run.match.holds:
-        raise Unreportable(
-            f"{method}: it saved {run.match.reached:.3f} of the FLOPs and {run.row.base} {run.match.target:.3f}, more "
-            f"than {ALLOWED} apart; more batches or more steps (--num_images, --num_inference_steps) match closer"
-        )
-    for other in runs:
-        if other is run or other.left_out is not None or other.row.config.use_cache is None:
-            continue
-        same_images = torch.equal(torch.from_numpy(other.images[-1]), torch.from_numpy(run.images[-1]))
-        if other.summary.get("plan") != run.summary["plan"]:
-            if same_images:
-                raise RuntimeError(
-                    f"{method} and {other.row.method} decided differently, and yet their images are the same"
-                )
-        elif lenient and same_images and _is_repetition(run, other):
-            raise Unreportable(f"{method}: it decided as {other.row.method} did, batch by batch")
-
-
-def _is_repetition(run: Run, other: Run) -> bool:
-    """Whether two settings of one base method, the other the earlier one, came to the same."""
-    both = run.row, other.row
-    if any(row.method != row.base for row in both) or both[0].config.use_cache != both[1].config.use_cache:
-        return False
-    earlier = (other.row.config.rel_l1_thresh, other.row.config.interval) < (
-        run.row.config.rel_l1_thresh,
-        run.row.config.interval,
-    )
-    return earlier and other.hit_rates == run.hit_rates

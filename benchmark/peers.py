@@ -4,7 +4,8 @@
 
 Every row alternates batch by batch with the uncached one. ``compute`` is the share of the work that the transformer's
 blocks did, counted on the blocks themselves, and ``compute_inside`` the same counted on their attention and
-feed-forward, which differs where a cache works inside of blocks. Results: peers.json, frontier.png.
+feed-forward, which differs where a cache works inside of blocks. Results: peers.json, frontier.png. A row that fails
+does not stop the others; the exit code is then 1, and 3 where a cache spared nothing.
 """
 
 from __future__ import annotations
@@ -37,8 +38,18 @@ from diffusers.utils import logging as diffusers_logging  # noqa: E402
 
 from benchmark.judge import SMALLEST_SAMPLE  # noqa: E402
 from benchmark.measure import Sampling, conditions_of  # noqa: E402
+from benchmark.outcomes import exit_code, remarks  # noqa: E402
 from benchmark.peer_methods import UNCACHED, Attached, Peer, Subject, all_peers, isolate  # noqa: E402
-from benchmark.peer_tools import BlockCounter, HeldBytes, frontier_picture, plain, table_of, worst_tenth  # noqa: E402
+from benchmark.peer_tools import (  # noqa: E402
+    BlockCounter,
+    HeldBytes,
+    described,
+    finished_rows,
+    frontier_picture,
+    plain,
+    table_of,
+    worst_tenth,
+)
 from xfuser.config.arguments import positive  # noqa: E402
 from xfuser.core.distributed.environment import choose_device, describe_environment  # noqa: E402
 from xfuser.core.files import replacing, write_json  # noqa: E402
@@ -62,8 +73,11 @@ FINE_STEPS = 197
 CALIBRATION_SEED = 900_000_000
 CALIBRATION_IMAGES = 16
 WARMUP_SEED = 800_000_000
+IDLE = 0.9999  # a larger share of the work spares nothing
 SLACK = 0.01  # share of the work by which an opponent may exceed a row that it is compared with
 OPPONENTS_OF = "trajectory"
+# Where one of these cannot be put in place, something is wrong here; of another project it is a result.
+OURS = ("trajectory", "Tea", "Fast", "Fb", "Tea+AdaCorrection")
 
 
 @dataclass
@@ -113,7 +127,7 @@ class Comparison:
         self.scratch = tempfile.TemporaryDirectory(prefix="peers-")
 
     def run(self, peers: Sequence[Peer]) -> None:
-        """Measure every row that is not finished; exceptions count as results only while a row is put in place."""
+        """Measure every row that is not finished; whatever one raises is its result, and the others go on."""
         kept = {row["row"]: row for row in self.rows}
         due = [peer for peer in peers if not _is_finished(kept.get(peer.name), peer)]
         columns = (TextColumn("{task.description:36}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -140,6 +154,7 @@ class Comparison:
             "settings": run_settings(self.sampling),
             "results": self.rows,
             "comparisons": compare(self.rows),
+            "failures": {row["row"]: row["does_not_run"] for row in self.rows if row.get("failed")},
         }
         write_json(self.folder / "peers.json", document)
         return document
@@ -187,25 +202,33 @@ class Comparison:
             # A row may run its own first generation as it pleases; what it holds is measured in the next one.
             held = self._warm_up(peer, loaded, attached)
         except Exception as error:  # other projects' code: whatever it raises is this row's result
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            return row | {"does_not_run": f"does not run: {type(error).__name__}: {first}"}
+            return row | {"does_not_run": f"does not run: {described(error)}", "failed": peer.family in OURS}
         _take(counters)
         measured = Measured()
         for number, batch in enumerate(self.batches):
             for own in (True, False) if number % 2 else (False, True):
-                if own:
+                if not own:
+                    measured.uncached_seconds.append(self._generate(base.loaded, batch, self.sampling.seed)[1])
+                    continue
+                try:
                     attached.before()
                     images, seconds = self._generate(loaded, batch, self.sampling.seed, peer.steps)
-                    measured.images.append(images)
-                    measured.seconds.append(seconds)
-                else:
-                    measured.uncached_seconds.append(self._generate(base.loaded, batch, self.sampling.seed)[1])
+                except Exception as error:
+                    where = f"batch {number + 1} of {len(self.batches)}"
+                    return row | {"does_not_run": f"fails in {where}: {described(error)}", "failed": True}
+                measured.images.append(images)
+                measured.seconds.append(seconds)
         measured.work = np.array(_take(counters))
-        details = plain(attached.details())
+        try:
+            told = score(measured, base) | {"details": plain(attached.details())}
+        except Exception as error:
+            return row | {"does_not_run": f"cannot be scored: {described(error)}", "failed": True}
         with contextlib.suppress(Exception):  # the pipeline is thrown away in any case
             attached.remove()
         bytes_held = None if held is None else max(0, held - base.held)
-        return row | {"does_not_run": None} | score(measured, base) | {"bytes_held": bytes_held, "details": details}
+        idle = peer.name != UNCACHED and told["compute_inside"] > IDLE
+        inactive = f"{peer.name}: it never skipped anything: another name for {UNCACHED}" if idle else None
+        return row | {"does_not_run": None, "inactive": inactive} | told | {"bytes_held": bytes_held}
 
     def _warm_up(self, peer: Peer, loaded: LoadedPipeline, attached: Attached) -> int | None:
         """Generate a batch that is not counted; return the bytes held late in it."""
@@ -231,7 +254,7 @@ class Comparison:
             conditions,
             [seed + index for index in batch],
             steps or self.sampling.num_inference_steps,
-            self.sampling.guidance_scale,
+            guidance_scale=self.sampling.guidance_scale,
         )
         return images, time.perf_counter() - begin
 
@@ -314,14 +337,6 @@ def _take(counters: tuple[BlockCounter, BlockCounter]) -> list[float]:
     return [counter.take() for counter in counters]
 
 
-def finished_rows(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Read the rows of an earlier run with these settings; none where it had others."""
-    if not path.is_file():
-        return []
-    document = json.loads(path.read_text(encoding="utf-8"))
-    return document["results"] if document["settings"] == settings else []
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the other projects' loggers and diffusers' loading bar from the terminal."""
@@ -372,6 +387,10 @@ def main() -> None:
     for row in document["results"]:
         if row["does_not_run"]:
             console.print(f"{row['row']}: {row['does_not_run']}", markup=False, highlight=False)
+    for remark in remarks(document | {"failures": {}}):
+        console.print(remark, markup=False, highlight=False, soft_wrap=True)
+    if code := exit_code(document):
+        raise SystemExit(code)
 
 
 if __name__ == "__main__":

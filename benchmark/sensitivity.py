@@ -2,7 +2,8 @@
 
     python benchmark/sensitivity.py --use_cache Fast --adacorr_mode gate
 
-Writes sensitivity_results.json and sensitivity.md into --output_dir.
+Writes sensitivity_results.json and sensitivity.md into --output_dir. The exit code is 1 where a row failed, and 3 where
+one never hit; the others are written all the same.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from rich.text import Text
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from xfuser.config.parser import OneLineParser  # noqa: E402
 from xfuser.core.console import check_output_folder, quiet_libraries  # noqa: E402
 
 quiet_libraries()
@@ -36,8 +38,8 @@ from benchmark.common import (  # noqa: E402
 )
 from benchmark.judge import Judge  # noqa: E402
 from benchmark.measure import measure  # noqa: E402
+from benchmark.outcomes import exit_code, failures, remarks  # noqa: E402
 from benchmark.rows import Correction, Row, base_names, build_rows  # noqa: E402
-from benchmark.sweep import left_out  # noqa: E402
 from xfuser.config.arguments import (  # noqa: E402
     add_base_arguments,
     add_correction_arguments,
@@ -48,6 +50,7 @@ from xfuser.config.arguments import (  # noqa: E402
 from xfuser.core.distributed.environment import choose_device  # noqa: E402
 from xfuser.core.files import write_json, write_text  # noqa: E402
 from xfuser.model_executor.pipelines import MODEL_TYPES, load_pipeline  # noqa: E402
+from xfuser.model_executor.pipelines.choosing import resolve_model  # noqa: E402
 from xfuser.report.columns import RESULT_COLUMNS, Column  # noqa: E402
 
 RESULTS, MARKDOWN = "sensitivity_results.json", "sensitivity.md"
@@ -63,7 +66,7 @@ PUBLISHED_TITLE = "in the paper, other models"
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    result = OneLineParser(description=__doc__.splitlines()[0])
     add_model_arguments(result, list(MODEL_TYPES))
     add_sampling_arguments(result)
     group = result.add_argument_group("comparison")
@@ -99,6 +102,7 @@ def execute(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     for parameter in PARAMETERS:
         if getattr(args, parameter) is not None:
             raise ValueError(f"--{parameter} is what is varied here; leave it out")
+    resolve_model(args)
     device = choose_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -109,11 +113,8 @@ def execute(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     judge, sampling = Judge(loaded, evaluation_folder(loaded, args)), sampling_of(args)
     console.print(announce(loaded, len(rows), args))
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    # A value at which nothing is ever hit is a finding of its own, and its line says so.
-    everything = measure(loaded, rows, sampling, judge.see, lenient=True)
-    runs, missing = [run for run in everything if run.left_out is None], left_out(everything)
-    if args.use_cache in missing:
-        raise ValueError(missing[args.use_cache])
+    everything = measure(loaded, rows, sampling, judge.see)
+    runs = [run for run in everything if run.left_out is None]
     document = {
         **describe_run(loaded, sampling),
         "base": args.use_cache,
@@ -122,7 +123,7 @@ def execute(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             parameter: {f"{value:g}": name_of(parameter, value) for value in VALUES} for parameter in PARAMETERS
         },
         "results": judge.results(runs, {}),
-        "left_out": missing,
+        "failures": failures(everything),
     }
     write_json(args.output_dir / RESULTS, document)
     write_text(args.output_dir / MARKDOWN, markdown(document))
@@ -133,7 +134,7 @@ def table_of(document: Mapping[str, Any], parameter: str) -> tuple[list[str], li
     """The heading and the lines of one parameter's table: no cache and the base method alone, then every value."""
     results = {row["method"]: row for row in document["results"]}
     columns = [next(column for column in RESULT_COLUMNS if column.key == key) for key in COLUMNS]
-    lines = [[name, *cells(results[name], columns), "–"] for name in ("None", document["base"])]
+    lines = [[name, *cells(results.get(name, {}), columns), "–"] for name in ("None", document["base"])]
     for value in VALUES:
         row = results.get(document["tables"][parameter][f"{value:g}"], {})
         name = f"{PARAMETERS[parameter]} = {value:g}"
@@ -165,7 +166,7 @@ def markdown(document: Mapping[str, Any]) -> str:
         parts.append(f"### {heading_of(document, parameter)}\n")
         rule = ["---"] * len(heading)
         parts.append("\n".join("| " + " | ".join(line) + " |" for line in (heading, rule, *lines)) + "\n")
-    return "\n".join([*parts, *(f"{reason}\n" for reason in document["left_out"].values())])
+    return "\n".join([*parts, *(f"{remark}\n" for remark in remarks(document))])
 
 
 def terminal_table(document: Mapping[str, Any], parameter: str) -> Table:
@@ -188,9 +189,11 @@ def main() -> None:
         raise SystemExit(f"sensitivity: {error}") from error
     for parameter in PARAMETERS:
         console.print(terminal_table(document, parameter))
-    for reason in document["left_out"].values():
-        console.print(reason, markup=False)
+    for remark in remarks(document):
+        console.print(remark, markup=False, highlight=False, soft_wrap=True)
     console.print(f"table: {args.output_dir / MARKDOWN}")
+    if code := exit_code(document):
+        raise SystemExit(code)
 
 
 if __name__ == "__main__":

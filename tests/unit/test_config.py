@@ -9,12 +9,10 @@ from typing import Any
 
 import pytest
 from torch import nn
-from toys import FAMILIES, Toy
+from toys import Toy
 
 from xfuser.config import CacheConfig
 from xfuser.model_executor.cache import apply_cache_on_pipeline, apply_cache_on_transformer
-from xfuser.model_executor.cache.diffusers_adapters import dit as dit_path
-from xfuser.model_executor.cache.diffusers_adapters import flux as flux_path
 
 ADA = {"enable_adacorrection": True}
 BAD_VALUES: list[tuple[dict[str, Any], str]] = [
@@ -23,7 +21,6 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"rel_l1_thresh": math.inf}, "rel_l1_thresh"),
     ({"rel_l1_thresh": "0.1"}, "rel_l1_thresh"),
     ({"rel_l1_thresh": True}, "rel_l1_thresh"),
-    ({"rel_l1_thresh": None}, "rel_l1_thresh"),
     ({"num_steps": 0}, "num_steps"),
     ({"num_steps": -3}, "num_steps"),
     ({"num_steps": 2.5}, "num_steps"),
@@ -96,7 +93,7 @@ def test_an_unknown_keyword_lists_the_known_ones(dit: Toy) -> None:
         refused(dit, lambda a=apply, t=target: a(t, "Tea", rel_l1_tresh=0.1), TypeError, "rel_l1_tresh", *known)
 
 
-@pytest.mark.parametrize("method", ["tea", "FBCache", "", "None"])
+@pytest.mark.parametrize("method", ["tea", "FBCache", "", "nonsense"])
 def test_an_unknown_method_lists_the_known_ones(dit: Toy, method: str) -> None:
     for apply, target in ((apply_cache_on_transformer, dit.transformer), (apply_cache_on_pipeline, dit.pipeline)):
         refused(dit, lambda a=apply, t=target: a(t, method), ValueError, repr(method), "'Tea'", "'Fb'")
@@ -137,20 +134,6 @@ def test_a_model_of_one_stream_has_no_return_order(dit: Toy, claim: bool | None)
     apply_cache_on_transformer(dit.transformer, "Tea", return_hidden_states_first=claim).remove()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_paths_by_family_refuse_the_other_family(toy: Toy) -> None:
-    own, other = (dit_path, flux_path) if toy.family == "dit" else (flux_path, dit_path)
-    refused(
-        toy,
-        lambda: other.apply_cache_on_transformer(toy.transformer, "Tea"),
-        TypeError,
-        type(toy.transformer).__name__,
-    )
-    engine = own.apply_cache_on_transformer(toy.transformer, "Tea", rel_l1_thresh=0.125)
-    assert engine.config.rel_l1_thresh == 0.125
-    engine.remove()
-
-
 def test_a_class_derived_from_a_supported_one_is_supported(dit: Toy) -> None:
     original = type(dit.transformer)
     derived = type("Finetuned", (original,), {})
@@ -183,7 +166,7 @@ def test_modes_and_stand_ins_follow_from_what_is_named(
 
 
 def test_the_limits_of_every_range_are_allowed() -> None:
-    CacheConfig(rel_l1_thresh=0, num_steps=1, adacorr_lambda=0, adacorr_gamma=1e-9)
+    CacheConfig(**ADA, use_cache="Fb", rel_l1_thresh=0, num_steps=1, adacorr_lambda=0, adacorr_gamma=1e-9)
     for budget in (0, 1, 0.0, 1.0):
         CacheConfig(**ADA, adacorr_budget=budget)
     assert CacheConfig(**ADA, adacorr_tolerance=0).tolerance == 0

@@ -3,39 +3,45 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Container
+import math
+from collections.abc import Mapping
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 from xfuser.config.cache import APPROXIMATIONS, DEFAULT_TOLERANCE, GRANULARITIES, MODES, SCORES, SYNCS
 from xfuser.config.parallel import ParallelConfig
 
-DEFAULT_MODEL_TYPE = "tiny-dit"
+
+class Named(argparse.Action):
+    """Stores a value, and notes (``…_named``) that it was not the default which put it there."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, values)
+        setattr(namespace, f"{self.dest}_named", True)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, model_types: list[str]) -> None:
     """Which model, on which device, with how many threads."""
     group = parser.add_argument_group("model")
-    group.add_argument("--model_type", choices=model_types, default=DEFAULT_MODEL_TYPE, help="default: %(default)s")
     group.add_argument(
         "--model", help="folder or hub id of a diffusers pipeline, or a model type (default: the type's own)"
     )
+    group.add_argument(
+        "--model_type",
+        action=Named,
+        choices=model_types,
+        default=model_types[0],
+        help=f"default: what --model says of itself, and {model_types[0]} without it; without --model, flux, pixart "
+        "and sd3 are toys with random weights",
+    )
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     group.add_argument("--threads", type=positive, help="CPU threads (default: torch's own choice)")
-
-
-def resolve_model(args: argparse.Namespace, model_types: Container[str]) -> None:
-    """Take ``--model`` for ``--model_type`` where it names a type and no folder.
-
-    Raises:
-        ValueError: The two name different types.
-    """
-    if args.model not in model_types or Path(args.model).exists():
-        return
-    if args.model_type not in (DEFAULT_MODEL_TYPE, args.model):
-        raise ValueError(f"--model {args.model} is a model type, and --model_type is {args.model_type}; name one")
-    args.model_type, args.model = args.model, None
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +52,11 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--num_inference_steps", type=positive, default=50, help="denoising steps (default: %(default)s)"
     )
-    group.add_argument("--guidance_scale", type=float, help="classifier-free guidance (default: the model type's own)")
+    group.add_argument(
+        "--guidance_scale",
+        type=not_negative,
+        help="classifier-free guidance, 0 or more (default: the model type's own)",
+    )
     group.add_argument("--height", type=positive, help="pixels (default: the model's own; prompt models only)")
     group.add_argument("--width", type=positive, help="pixels (default: the model's own; prompt models only)")
     group.add_argument("--seed", type=int, default=42, help="image i starts from the noise of seed + i (default: 42)")
@@ -141,9 +151,11 @@ def add_correction_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--adacorr_gamma", type=float, help="scale of the correction, above 0 (default: 1.0)")
     group.add_argument("--adacorr_lambda", type=float, help="weight of the spatial variation (default: 1.0)")
     group.add_argument("--adacorr_mode", choices=MODES, help="default: bound with a tolerance, else budget")
-    group.add_argument("--adacorr_score", choices=SCORES, help="offset score (default: relative)")
+    group.add_argument("--adacorr_score", choices=SCORES, help="default: absolute in blend, else relative")
     group.add_argument(
-        "--adacorr_tolerance", type=float, help=f"bound: allowed relative error of a stand-in ({DEFAULT_TOLERANCE})"
+        "--adacorr_tolerance",
+        type=float,
+        help=f"bound, gate: allowed relative error of a stand-in, 0 or more (default: {DEFAULT_TOLERANCE})",
     )
     group.add_argument(
         "--adacorr_budget", type=float, help="budget: share of block evaluations, 0 to 1 (default: the base method's)"
@@ -176,6 +188,17 @@ def correction_settings(args: argparse.Namespace, corrects: bool) -> dict[str, A
     return settings
 
 
+def not_negative(text: str) -> float:
+    """A finite number of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return value
+
+
 def positive(text: str) -> int:
     """A whole number of at least 1."""
     value = int(text) if text.lstrip("+-").isdigit() else 0
@@ -202,7 +225,10 @@ def add_parallel_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--ulysses_degree", type=positive, default=1, help="ranks that share the heads (default: 1)")
     group.add_argument("--num_pipeline_patch", type=positive, help="PipeFusion: patches (default: one a stage)")
     group.add_argument(
-        "--warmup_steps", type=int, default=1, help="PipeFusion: leading synchronous steps, at least 1 (default: 1)"
+        "--warmup_steps",
+        type=int,
+        default=1,
+        help="PipeFusion: leading synchronous steps, the first always (default: 1)",
     )
     group.add_argument(
         "--attn_layer_num_for_pp", type=positive, nargs="+", help="PipeFusion: blocks of each stage (default: even)"
@@ -255,6 +281,17 @@ def cache_method(args: argparse.Namespace) -> str | None:
         raise ValueError(f"{' and '.join(named)} name different methods; leave all but one out")
     method = next(iter(named.values()), None)
     return None if method == "None" else method
+
+
+def cache_settings(args: argparse.Namespace, thresholds: Mapping[str, float]) -> dict[str, Any]:
+    """`CacheConfig` settings from a command line that names one method."""
+    method = cache_method(args)
+    settings = {"use_cache": method, "approximation": args.approximation, **named_settings(args)}
+    if args.rel_l1_thresh is not None:
+        settings["rel_l1_thresh"] = args.rel_l1_thresh
+    elif method in thresholds:
+        settings["rel_l1_thresh"] = thresholds[method]
+    return settings | correction_settings(args, args.enable_adacorrection)
 
 
 def parallel_config(args: argparse.Namespace) -> ParallelConfig:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from os import PathLike
 from typing import Any
 
+from xfuser.core.spelling import did_you_mean, nearest
+
+METHODS = (None, "Fast", "Tea", "Fb", "Interval")
+WITH_THRESHOLD = ("Fast", "Tea", "Fb")
 MODES = ("blend", "bound", "budget", "gate")
 SCORES = ("relative", "absolute")
 APPROXIMATIONS = ("residual", "linear", "taylor-1", "taylor-2", "fitted")
@@ -23,7 +28,8 @@ class CacheConfig:
     Args:
         use_cache: The base method: ``None`` (evaluate everything), ``"Fast"`` (FastCache, arXiv 2505.20353), ``"Tea"``
             (TeaCache, arXiv 2411.19108), ``"Fb"`` (First Block Cache) or ``"Interval"`` (every N-th step).
-        rel_l1_thresh: The base method's threshold, a relative distance without unit, at least 0. 0 never skips a block.
+        rel_l1_thresh: The base method's threshold, a relative distance without unit, at least 0. 0 never skips a block;
+            ``None`` takes the method's own for the model's family (`ModelDeclaration.threshold`).
         motion_threshold: Fast: tokens that moved less, as a share of the fastest one's squared change, are not
             evaluated; at least 0. ``None`` and 0 evaluate all tokens, above 1 none is.
         significance: Fast: α of the χ² test, between 0 and 1.
@@ -39,7 +45,8 @@ class CacheConfig:
         adacorr_lambda: Weight of the spatial variation in the offset score (equation 3), at least 0.
         adacorr_mode: ``"blend"``, ``"bound"``, ``"gate"`` or ``"budget"``; by default ``bound`` where a tolerance is
             named, else ``budget``.
-        adacorr_score: ``"relative"`` offsets (comparable between models) or ``"absolute"`` ones (as published).
+        adacorr_score: ``"relative"`` offsets (comparable between models) or ``"absolute"`` ones (as published). By
+            default absolute in ``blend``, which is the published algorithm, and relative elsewhere.
         adacorr_tolerance: For ``bound`` and ``gate``: the relative error that a stand-in for a block may have, at
             least 0.
         adacorr_budget: For ``budget``: the share of all block evaluations that may be spent, 0 to 1. By default the
@@ -61,14 +68,14 @@ class CacheConfig:
     """
 
     use_cache: str | None = None
-    rel_l1_thresh: float = 0.05
+    rel_l1_thresh: float | None = None
     num_steps: int | None = None
     return_hidden_states_first: bool | None = None
     enable_adacorrection: bool = False
     adacorr_gamma: float = 1.0
     adacorr_lambda: float = 1.0
     adacorr_mode: str | None = None
-    adacorr_score: str = "relative"
+    adacorr_score: str | None = None
     adacorr_tolerance: float | None = None
     adacorr_budget: float | None = None
     approximation: str | None = None
@@ -81,15 +88,19 @@ class CacheConfig:
     calibration: str | PathLike[str] | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "use_cache", base_method(self.use_cache))
+        for each in fields(self):
+            object.__setattr__(self, each.name, plain_number(getattr(self, each.name)))
         _one_of("adacorr_mode", self.adacorr_mode, (None, *MODES))
-        _one_of("adacorr_score", self.adacorr_score, SCORES)
+        _one_of("adacorr_score", self.adacorr_score, (None, *SCORES))
         _one_of("approximation", self.approximation, (None, *APPROXIMATIONS))
         _one_of("return_hidden_states_first", self.return_hidden_states_first, (None, True, False))
         _one_of("enable_adacorrection", self.enable_adacorrection, (True, False))
         _one_of("granularity", self.granularity, GRANULARITIES)
         _one_of("sync", self.sync, SYNCS)
         _one_of("adaptive_threshold", self.adaptive_threshold, (True, False))
-        _number("rel_l1_thresh", self.rel_l1_thresh, 0, math.inf)
+        if self.rel_l1_thresh is not None:
+            _number("rel_l1_thresh", self.rel_l1_thresh, 0, math.inf)
         _number("significance", self.significance, 0, 1)
         if self.motion_threshold is not None:
             _number("motion_threshold", self.motion_threshold, 0, math.inf)
@@ -109,6 +120,10 @@ class CacheConfig:
 
     def _check_belongings(self) -> None:
         """A setting that nothing would read is refused, not ignored."""
+        if self.rel_l1_thresh is not None and self.use_cache not in WITH_THRESHOLD:
+            named = "None, which skips nothing" if self.use_cache is None else repr(self.use_cache)
+            known = ", ".join(map(repr, WITH_THRESHOLD))
+            raise ValueError(f"rel_l1_thresh belongs to use_cache one of {known}, not to {named}; leave it out")
         if self.use_cache != "Fast":
             for name, default in (("motion_threshold", None), ("adaptive_threshold", False), ("significance", 0.05)):
                 if getattr(self, name) != default:
@@ -135,6 +150,9 @@ class CacheConfig:
             for name in ("adacorr_mode", "adacorr_tolerance", "adacorr_budget"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name} is set, but AdaCorrection is off; add enable_adacorrection=True")
+            for name, default in (("adacorr_gamma", 1.0), ("adacorr_lambda", 1.0), ("adacorr_score", None)):
+                if getattr(self, name) != default:
+                    raise ValueError(f"{name} is set, but AdaCorrection is off; add enable_adacorrection=True")
             return
         if self.adacorr_tolerance is not None and self.adacorr_budget is not None:
             raise ValueError("adacorr_tolerance and adacorr_budget exclude each other: name one of them")
@@ -151,6 +169,13 @@ class CacheConfig:
         if self.adacorr_mode is not None:
             return self.adacorr_mode
         return "bound" if self.adacorr_tolerance is not None else "budget"
+
+    @property
+    def score(self) -> str:
+        """The kind of offset score in force."""
+        if self.adacorr_score is not None:
+            return self.adacorr_score
+        return "absolute" if self.mode == "blend" else "relative"
 
     @property
     def tolerance(self) -> float:
@@ -173,7 +198,8 @@ class CacheConfig:
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(keywords) - set(known))
         if unknown:
-            raise TypeError(f"unknown cache setting {', '.join(unknown)}; known are {', '.join(known)}")
+            meant = did_you_mean(unknown[0], known) or ";"
+            raise TypeError(f"unknown cache setting {', '.join(unknown)}{meant} known are {', '.join(known)}")
         return cls(**keywords)
 
 
@@ -182,11 +208,30 @@ def reads_calibration(use_cache: str | None, stand_in: str) -> bool:
     return use_cache in ("Fast", "Tea") or stand_in in ("fitted", "linear")
 
 
+def base_method(name: Any) -> str | None:
+    """Read the name of a base method; ``"None"`` is ``None``, as on the command line (ValueError where unknown)."""
+    method = None if isinstance(name, str) and name == "None" else name
+    _one_of("use_cache", method, METHODS)
+    return method
+
+
+def plain_number(value: Any) -> Any:
+    """Turn a number of any library (numpy's) into Python's own; everything else is left as it is."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else value
+
+
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if not any(value is option or (isinstance(option, str) and value == option) for option in allowed):
-        raise ValueError(
-            f"{name}={value!r} is not known; choose one of {', '.join(repr(option) for option in allowed)}"
-        )
+    if any(value is option or (isinstance(option, str) and value == option) for option in allowed):
+        return
+    meant = (
+        nearest(value, [option for option in allowed if isinstance(option, str)]) if isinstance(value, str) else None
+    )
+    suggestion = "; choose" if meant is None else f"; did you mean {meant!r}? Choose"
+    raise ValueError(f"{name}={value!r} is not known{suggestion} one of {', '.join(map(repr, allowed))}")
 
 
 def _count(name: str, value: Any) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import prod
+
+from xfuser.config.cache import plain_number
 
 from xfuser.config.degrees import DataDegrees, SequenceDegrees, StageDegrees, TensorDegrees
 
@@ -47,6 +49,8 @@ class ParallelConfig:
     verify_agreement: bool = False
 
     def __post_init__(self) -> None:
+        for each in fields(self):
+            object.__setattr__(self, each.name, plain_number(getattr(self, each.name)))
         for name in ("data_parallel_degree", "pipefusion_parallel_degree", "ring_degree", "ulysses_degree"):
             _at_least(name, getattr(self, name), 1)
         _at_least("warmup_steps", self.warmup_steps, 0)
@@ -58,6 +62,10 @@ class ParallelConfig:
             for name in ("num_pipeline_patch", "attn_layer_num_for_pp", "pipefusion_max_lag"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"--{name} belongs to PipeFusion; add --pipefusion_parallel_degree")
+            if self.warmup_steps != 1:
+                raise ValueError(
+                    f"--warmup_steps {self.warmup_steps} belongs to PipeFusion; add --pipefusion_parallel_degree"
+                )
         if self.use_parallel_vae and self.image_degree == 1:
             raise ValueError("--use_parallel_vae: one process has an image to itself; add a degree, or leave it out")
         split = self.attn_layer_num_for_pp

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 
@@ -16,9 +17,19 @@ def quiet_libraries() -> None:
 
 
 def check_output_folder(path: Path, flag: str = "--output_dir") -> None:
-    """Raise NotADirectoryError early where results could not be written later."""
-    for folder in (path, *path.parents):
-        if folder.exists():
-            if not folder.is_dir():
-                raise NotADirectoryError(f"{flag}: {folder} is a file; name a folder")
-            return
+    """Refuse early a folder in which results could not be written later, and leave nothing behind.
+
+    Raises:
+        NotADirectoryError: There is a file in its place.
+        PermissionError: Nothing can be created there.
+    """
+    folder = next(each for each in (path, *path.absolute().parents) if each.exists())
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{flag}: {folder} is a file; name a folder")
+    try:
+        # Permissions do not tell it all: a file system may be read-only, or take no files.
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".xdit"):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise PermissionError(f"{flag}: nothing can be written in {folder} ({reason}); name another folder") from error

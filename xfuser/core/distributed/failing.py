@@ -86,6 +86,26 @@ def begin_together(begin: Callable[[], Result]) -> Result:
     return result  # type: ignore[return-value]
 
 
+def decided_by_first(decide: Callable[[], Result]) -> Result:
+    """Let the first rank decide what it alone can see (files that it writes), for all ranks. Collective.
+
+    Raises:
+        ValueError: The first rank refuses; on every rank, in its words.
+    """
+    if not dist.is_initialized():
+        return decide()
+    told: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            told[0] = decide()
+        except USAGE as error:
+            told[1] = one_line(error)
+    dist.broadcast_object_list(told, src=0)
+    if told[1] is not None:
+        raise ValueError(told[1])
+    return told[0]
+
+
 def tell(command: str, text: str) -> None:
     """Print one line of this rank's: the first that there is, since what follows is a consequence."""
     if _told.acquire(blocking=False):

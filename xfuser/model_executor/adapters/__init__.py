@@ -7,11 +7,11 @@ from typing import Any
 from torch import nn
 
 from xfuser.model_executor.adapters import dit, flux, pixart, sd3
-from xfuser.model_executor.adapters.declaration import BoundArguments, ModelDeclaration, Streams
+from xfuser.model_executor.adapters.declaration import BoundArguments, KnownModel, ModelDeclaration, Streams
 
 DECLARATIONS = {module.DECLARATION.transformer_class: module.DECLARATION for module in (dit, flux, pixart, sd3)}
 
-__all__ = ["DECLARATIONS", "BoundArguments", "ModelDeclaration", "Streams", "declaration_of"]
+__all__ = ["DECLARATIONS", "BoundArguments", "KnownModel", "ModelDeclaration", "Streams", "declaration_of"]
 
 
 def declaration_of(transformer: Any) -> ModelDeclaration:
@@ -20,6 +20,7 @@ def declaration_of(transformer: Any) -> ModelDeclaration:
     Raises:
         TypeError: It is no module, or no declaration covers its class.
     """
+    transformer = getattr(transformer, "_orig_mod", transformer)  # torch.compile's wrapper
     supported = ", ".join(sorted(DECLARATIONS))
     if isinstance(transformer, nn.Module):
         for ancestor in type(transformer).__mro__:

@@ -4,13 +4,29 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 Streams = tuple[torch.Tensor, ...]
+
+# Of the methods that have a threshold, where a family names none: the default of most implementations.
+COMMON_THRESHOLDS = {"Fast": 0.05, "Tea": 0.05, "Fb": 0.05}
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """One model of a family, found by its configuration, whose thresholds differ from the family's."""
+
+    configuration: Mapping[str, Any]
+    thresholds: Mapping[str, float]
+
+    def describes(self, transformer: nn.Module) -> bool:
+        """Whether a transformer has this model's configuration."""
+        found = getattr(transformer, "config", {})
+        return all(found.get(name) == value for name, value in self.configuration.items())
 
 
 @dataclass(frozen=True)
@@ -42,6 +58,8 @@ class ModelDeclaration:
         packs: Side of the square of latents that its pipelines put into one channel vector, before the transformer's
             own patches.
         text_first: Whether text tokens come before the image's in joint attention.
+        thresholds: The family's default ``rel_l1_thresh`` for each base method that has one.
+        known_models: Models of the family with thresholds of their own.
         timestep_direction: -1 where the timestep that the transformer sees falls during a generation, +1 where it
             rises.
     """
@@ -63,6 +81,16 @@ class ModelDeclaration:
     packs: int = 1
     text_first: bool = False
     timestep_direction: int = -1
+    thresholds: Mapping[str, float] = field(default_factory=dict)
+    known_models: tuple[KnownModel, ...] = ()
+
+    def threshold(self, method: str | None, transformer: nn.Module) -> float | None:
+        """The default ``rel_l1_thresh`` of a base method for this transformer, without unit; ``None`` where the method
+        has none.
+        """
+        own = [known.thresholds for known in self.known_models if known.describes(transformer)]
+        tables = (*own, self.thresholds, COMMON_THRESHOLDS)
+        return next((each[method] for each in tables if method in each), None)
 
     def blocks(self, transformer: nn.Module) -> list[nn.Module]:
         """All blocks in the order in which they run."""

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from xfuser.model_executor.adapters.declaration import ModelDeclaration
+from xfuser.config import thresholds
+from xfuser.model_executor.adapters.declaration import KnownModel, ModelDeclaration
 
 
 def modulated_input(block: nn.Module, arguments: Mapping[str, Any]) -> torch.Tensor:
@@ -17,6 +18,8 @@ def modulated_input(block: nn.Module, arguments: Mapping[str, Any]) -> torch.Ten
         hidden_states, arguments["timestep"], arguments["class_labels"], hidden_dtype=hidden_states.dtype
     )[0]
 
+
+TINY_DIT = KnownModel(thresholds.TINY_DIT_CONFIGURATION, thresholds.TINY_DIT)
 
 DECLARATION = ModelDeclaration(
     transformer_class="DiTTransformer2DModel",
@@ -27,4 +30,6 @@ DECLARATION = ModelDeclaration(
     modulated_input=modulated_input,
     self_attention=("attn1",),
     tail_needs=("norm1.emb",),
+    thresholds=thresholds.DIT,
+    known_models=(TINY_DIT,),
 )

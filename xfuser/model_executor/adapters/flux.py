@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from xfuser.config import thresholds
 from xfuser.model_executor.adapters.declaration import ModelDeclaration
 
 
@@ -30,4 +31,5 @@ DECLARATION = ModelDeclaration(
     guidance="calls",
     packs=2,
     text_first=True,
+    thresholds=thresholds.FLUX,
 )

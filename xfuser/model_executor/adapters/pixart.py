@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from xfuser.config import thresholds
 from xfuser.model_executor.adapters.declaration import ModelDeclaration
 
 
@@ -27,4 +28,5 @@ DECLARATION = ModelDeclaration(
     conditioning=("encoder_hidden_states", "encoder_attention_mask"),
     modulated_input=modulated_input,
     self_attention=("attn1",),
+    thresholds=thresholds.PIXART,
 )

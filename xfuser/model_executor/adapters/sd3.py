@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from xfuser.config import thresholds
 from xfuser.model_executor.adapters.declaration import ModelDeclaration
 
 
@@ -26,4 +27,5 @@ DECLARATION = ModelDeclaration(
     between_blocks=("block_controlnet_hidden_states",),
     skips_blocks=("skip_layers",),
     self_attention=("attn", "attn2"),
+    thresholds=thresholds.SD3,
 )

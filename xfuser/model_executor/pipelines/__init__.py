@@ -1,11 +1,12 @@
 """Loading diffusers pipelines and running them."""
 
-from xfuser.model_executor.pipelines.loading import MODEL_TYPES, LoadedPipeline, load_pipeline
 from xfuser.names import looked_up
 
 __all__ = ["MODEL_TYPES", "LoadedPipeline", "load_pipeline"]
 
+_LOADING = dict.fromkeys(("LoadedPipeline", "load_pipeline"), "xfuser.model_executor.pipelines.loading")
+_LOADING["MODEL_TYPES"] = "xfuser.model_executor.pipelines.model_types"
 _XDIT = tuple(f"xFuser{name}Pipeline" for name in ("Flux", "PixArtAlpha", "PixArtSigma", "StableDiffusion3"))
 
-# Looked up on first use: they import what starts processes.
-__getattr__ = looked_up(__name__, dict.fromkeys(_XDIT, "xfuser.model_executor.pipelines.upstream"))
+# Looked up on first use: they import torch and diffusers, which takes seconds.
+__getattr__ = looked_up(__name__, _LOADING | dict.fromkeys(_XDIT, "xfuser.model_executor.pipelines.upstream"))

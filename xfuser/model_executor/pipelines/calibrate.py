@@ -55,7 +55,7 @@ def calibrate_trajectory(args: argparse.Namespace, loaded: LoadedPipeline, reque
 
 def arguments_of(loaded: LoadedPipeline, request: Generation, batch: range) -> dict[str, Any]:
     """Make the pipeline's arguments for some of a request's images."""
-    return loaded.arguments(*call_of(request, batch))
+    return loaded.arguments(**call_of(request, batch))
 
 
 def choices(calibration: Calibration) -> Table:

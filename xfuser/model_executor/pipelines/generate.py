@@ -7,25 +7,22 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from xfuser.core.distributed.environment import synchronize
 from xfuser.core.distributed.failing import LostPeer, is_lost, reason_of
 from xfuser.core.distributed.mesh import ParallelMesh
-from xfuser.core.files import replacing, write_json
 from xfuser.core.shards import part
 from xfuser.model_executor.parallel import ParallelPipeline
 from xfuser.model_executor.pipelines.loading import LoadedPipeline
+from xfuser.model_executor.pipelines.outputs import Outputs, save_image
 
-STATISTICS = "statistics.json"
-RAW = "images.npy"
+__all__ = ["Generation", "batches_of", "call_of", "generate_batches", "generate_images", "save_image"]
 
 
 @dataclass(frozen=True)
@@ -40,8 +37,9 @@ class Generation:
     guidance_scale: float | None = None
     height: int | None = None
     width: int | None = None
-    negative_prompt: str | None = None
+    negative_prompts: list[str] | None = None
     true_cfg_scale: float | None = None
+    max_sequence_length: int | None = None
 
 
 def batches_of(request: Generation, replicas: int = 1, index: int = 0) -> list[range]:
@@ -59,6 +57,15 @@ def batches_of(request: Generation, replicas: int = 1, index: int = 0) -> list[r
     return [range(start, min(start + request.batch_size, own.stop)) for start in starts]
 
 
+def remaining_batches(request: Generation, replicas: int, finished: frozenset[int]) -> list[list[range]]:
+    """List every replica's batches of which an image is missing; its last one, where none is.
+
+    A batch is made as a whole, since what a cache decides depends on all of its images.
+    """
+    schedule = [batches_of(request, replicas, index) for index in range(replicas)]
+    return [[batch for batch in own if not finished.issuperset(batch)] or own[-1:] for own in schedule]
+
+
 def generate_batches(
     loaded: LoadedPipeline, request: Generation, batches: Sequence[range] | None = None, quiet: bool = False
 ) -> Iterator[tuple[range, np.ndarray, float]]:
@@ -69,24 +76,26 @@ def generate_batches(
         task = progress.add_task("images", total=sum(map(len, batches)))
         for indices in batches:
             begin = time.perf_counter()
-            pixels = loaded.generate(*call_of(request, indices))
+            pixels = loaded.generate(**call_of(request, indices))
             synchronize(loaded.pipeline.device)
             yield indices, pixels, time.perf_counter() - begin
             progress.advance(task, len(indices))
 
 
-def call_of(request: Generation, indices: range) -> tuple[Any, ...]:
-    """List what `LoadedPipeline.generate` takes for some of a request's images."""
-    return (
-        [request.conditions[index % len(request.conditions)] for index in indices],
-        [request.seed + index for index in indices],
-        request.num_inference_steps,
-        request.guidance_scale,
-        request.height,
-        request.width,
-        request.negative_prompt,
-        request.true_cfg_scale,
-    )
+def call_of(request: Generation, indices: range) -> dict[str, Any]:
+    """Name what `LoadedPipeline.generate` takes for some of a request's images."""
+    negative = request.negative_prompts
+    return {
+        "conditions": [request.conditions[index % len(request.conditions)] for index in indices],
+        "seeds": [request.seed + index for index in indices],
+        "num_inference_steps": request.num_inference_steps,
+        "guidance_scale": request.guidance_scale,
+        "height": request.height,
+        "width": request.width,
+        "negative_prompts": None if negative is None else [negative[index % len(negative)] for index in indices],
+        "true_cfg_scale": request.true_cfg_scale,
+        "max_sequence_length": request.max_sequence_length,
+    }
 
 
 def conditions_hash(conditions: list[Any]) -> str:
@@ -98,11 +107,11 @@ def generate_images(
     loaded: LoadedPipeline,
     request: Generation,
     parallel: ParallelPipeline,
-    folder: Path,
-    save_raw: bool = False,
+    outputs: Outputs,
+    finished: frozenset[int] = frozenset(),
     settings: dict[str, Any] | None = None,
 ) -> dict[str, Any] | None:
-    """Write ``image_00000.png`` … and ``statistics.json`` into the folder, with ``save_raw`` also ``images.npy``.
+    """Write the images and ``statistics.json``.
 
     Collective: every rank calls it, data-parallel replicas generate contiguous parts of the images, and the job's
     first rank writes.
@@ -111,8 +120,8 @@ def generate_images(
         loaded: The pipeline.
         request: All images.
         parallel: The same pipeline, spread over the ranks.
-        folder: Where to write.
-        save_raw: Whether to write the pixels as float32 [N, H, W, C], 0 to 1, too.
+        outputs: Where they go.
+        finished: The images that are there already, the same on all ranks.
         settings: What else ``statistics.json`` is to say of the run.
 
     Returns:
@@ -122,8 +131,9 @@ def generate_images(
         LostPeer: Another rank is gone; the message says in which step.
     """
     mesh = parallel.mesh
+    schedule = remaining_batches(request, mesh.degree("data"), finished)
     try:
-        images, replicas = _generate(loaded, request, parallel, folder if mesh.is_first else None, save_raw)
+        replicas = _generate(loaded, request, parallel, outputs, schedule)
     except RuntimeError as error:
         if mesh.mesh is None or not is_lost(error):
             raise
@@ -133,9 +143,6 @@ def generate_images(
         raise LostPeer(f"lost contact with {which}, {when}: {reason_of(error)}") from error
     if not mesh.is_first:
         return None
-    if save_raw:
-        with replacing(folder / RAW) as temporary, temporary.open("wb") as file:
-            np.save(file, np.concatenate([images.kept[index] for index in sorted(images.kept)]))
     document = {
         "model": loaded.name,
         "request": vars(request),
@@ -143,56 +150,39 @@ def generate_images(
         **replicas[0],
         "seconds": max(each["seconds"] for each in replicas),
         "parameter_bytes": [count for each in replicas for count in each["parameter_bytes"]],
-        "images": images.names,
+        "generated": sum(len(batch) for own in schedule for batch in own),
+        "images": outputs.names,
     }
     if len(replicas) > 1:
         document["replicas"] = replicas
-    write_json(folder / STATISTICS, document)
+    outputs.finish(document)
     return document
 
 
-class _Images:
-    """Images that are finished: written at once, their pixels kept where they are wanted raw."""
-
-    def __init__(self, folder: Path, save_raw: bool) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._folder, self._save_raw = folder, save_raw
-        self._paths: dict[int, str] = {}
-        self.kept: dict[int, np.ndarray] = {}
-
-    @property
-    def names(self) -> list[str]:
-        return [self._paths[index] for index in sorted(self._paths)]
-
-    def take(self, indices: range, pixels: np.ndarray) -> None:
-        if len(indices) and self._save_raw:
-            self.kept[indices.start] = pixels
-        for index, image in zip(indices, pixels, strict=True):
-            self._paths[index] = save_image(image, self._folder / f"image_{index:05d}.png").name
-
-
 def _generate(
-    loaded: LoadedPipeline, request: Generation, parallel: ParallelPipeline, folder: Path | None, save_raw: bool
-) -> tuple[Any, list[dict[str, Any]]]:
-    """All images and every replica's statistics, on the first rank."""
+    loaded: LoadedPipeline,
+    request: Generation,
+    parallel: ParallelPipeline,
+    outputs: Outputs,
+    schedule: list[list[range]],
+) -> list[dict[str, Any]]:
+    """Make and write all images; every replica's statistics, on the first rank."""
     mesh = parallel.mesh
-    count, own = mesh.degree("data"), mesh.rank("data")
-    schedule = [batches_of(request, count, index) for index in range(count)]
-    images = None if folder is None else _Images(folder, save_raw)
-    batches = generate_batches(loaded, request, schedule[own], quiet=folder is None)
+    own = schedule[mesh.rank("data")]
+    batches = generate_batches(loaded, request, own, quiet=not mesh.is_first)
     seconds, pixels = 0.0, np.zeros(0, np.float32)
     for turn in range(max(map(len, schedule))):
-        if turn < len(schedule[own]):
+        if turn < len(own):
             _, pixels, spent = next(batches)
             seconds += spent
         if not mesh.writes:
             continue
         due = [each[turn] if turn < len(each) else range(0) for each in schedule]
         for indices, part_of in zip(due, _collect(mesh, due, pixels), strict=False):
-            if images is not None:
-                images.take(indices, part_of)
+            if mesh.is_first:
+                outputs.take(indices, part_of)
     next(batches, None)  # lets the progress bar end
-    return images, _collect_objects(mesh, evidence(parallel) | {"seconds": seconds})
+    return _collect_objects(mesh, evidence(parallel) | {"seconds": seconds})
 
 
 def _collect(mesh: ParallelMesh, due: list[range], pixels: np.ndarray) -> list[np.ndarray]:
@@ -232,11 +222,3 @@ def evidence(parallel: ParallelPipeline) -> dict[str, Any]:
         summary["pipefusion"] |= {"measured_efficiency": measured}
         result["pipefusion"] = summary["pipefusion"]
     return result | {"cache": summary}
-
-
-def save_image(pixels: np.ndarray, path: Path) -> Path:
-    """Save float [H, W, C] in [0, 1] as a PNG, under a temporary name until it is whole."""
-    shades = np.round(pixels * 255).astype(np.uint8)
-    with replacing(path) as temporary:
-        Image.fromarray(shades[..., 0] if shades.shape[-1] == 1 else shades).save(temporary, format="PNG")
-    return path

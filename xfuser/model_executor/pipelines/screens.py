@@ -15,10 +15,9 @@ def print_summary(document: dict[str, Any], folder: Path) -> None:
     if cache["method"] == "trajectory":
         print_trajectory(document, folder)
         return
-    count = len(document["images"])
-    table = Table(show_header=False, title=f"{document['model']}: {count} images in {folder}")
+    table, made = _titled(document, folder), document["generated"]
     rows = {
-        "seconds": f"{document['seconds']:.2f} ({count / document['seconds']:.2f} images/s)",
+        "seconds": f"{document['seconds']:.2f} ({made / document['seconds']:.2f} images/s)",
         "base method": str(cache["method"]),
         "AdaCorrection": str(cache["adacorrection"]),
         "approximation": cache["approximation"],
@@ -38,11 +37,11 @@ def print_summary(document: dict[str, Any], folder: Path) -> None:
 
 def print_trajectory(document: dict[str, Any], folder: Path) -> None:
     """One screen: what was asked of the trajectory, predicted, and got."""
-    cache, count = document["cache"], len(document["images"])
-    table = Table(show_header=False, title=f"{document['model']}: {count} images in {folder}")
+    cache, made = document["cache"], document["generated"]
+    table = _titled(document, folder)
     predicted, got = cache["predicted"] or {}, cache["got"]
     rows = {
-        "seconds": f"{document['seconds']:.2f} ({count / document['seconds']:.2f} images/s, learning included)",
+        "seconds": f"{document['seconds']:.2f} ({made / document['seconds']:.2f} images/s, learning included)",
         "asked": ", ".join(f"{name} {value:g}" for name, value in cache["asked"].items()),
         "evaluated": f"{cache['evaluated_share']:.1%} of {cache['steps']} steps' evaluations, in the last batch",
         "speed-up": f"predicted {_number(predicted.get('speedup'))}, got {_number(got['speedup'])}",
@@ -57,6 +56,12 @@ def print_trajectory(document: dict[str, Any], folder: Path) -> None:
     for name, value in rows.items():
         table.add_row(name, value)
     Console().print(table)
+
+
+def _titled(document: dict[str, Any], folder: Path) -> Table:
+    count, made = len(document["images"]), document["generated"]
+    before = "" if made == count else f", {made} of them made now"
+    return Table(show_header=False, title=f"{document['model']}: {count} images in {folder}{before}")
 
 
 def _number(value: float | None) -> str:

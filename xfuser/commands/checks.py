@@ -1,0 +1,84 @@
+"""What a command line asks for that no model can give, found before anything is loaded."""
+
+from __future__ import annotations
+
+import argparse
+
+from xfuser.config.arguments import cache_method
+from xfuser.config.cache import FIRST
+from xfuser.config.parallel import ParallelConfig
+from xfuser.model_executor.pipelines.model_types import MODEL_TYPES
+
+_PROMPT_ONLY = ("negative_prompt", "height", "width", "max_sequence_length")
+
+
+def check_conditions(args: argparse.Namespace) -> None:
+    """Refuse prompts and sizes for a model of labels, and labels for one of prompts (ValueError)."""
+    labelled = MODEL_TYPES[args.model_type].conditioned_on == "label"
+    wanted, other = ("class_label", "prompt") if labelled else ("prompt", "class_label")
+    if getattr(args, other) is not None:
+        named = "prompts" if labelled and getattr(args, "prompts", None) else other
+        raise ValueError(f"--{named} does not go with --model_type {args.model_type}; use --{wanted}")
+    if not labelled and not args.prompt:
+        raise ValueError("--prompt is missing: name at least one")
+    for name in _PROMPT_ONLY if labelled else ():
+        if getattr(args, name, None) is not None:
+            raise ValueError(f"--{name} does not go with --model_type {args.model_type}; leave it out")
+
+
+def check_generation(args: argparse.Namespace, parallel: ParallelConfig) -> None:
+    """Refuse guidance that the model has not, and more replicas than images (ValueError)."""
+    from xfuser.model_executor.adapters import DECLARATIONS
+
+    spec = MODEL_TYPES[args.model_type]
+    in_calls = DECLARATIONS[spec.transformer_class].guidance == "calls"
+    if args.true_cfg_scale is not None and not in_calls:
+        raise ValueError(f"--true_cfg_scale does not go with --model_type {args.model_type}; use --guidance_scale")
+    true_cfg = args.true_cfg_scale is not None and args.true_cfg_scale > 1
+    if in_calls and true_cfg != (args.negative_prompt is not None):
+        raise ValueError("--negative_prompt and --true_cfg_scale above 1 go together; name both or neither")
+    scale = spec.guidance_scale if args.guidance_scale is None else args.guidance_scale
+    if parallel.use_cfg_parallel and not (true_cfg if in_calls else scale > 1):
+        needed = "--negative_prompt and --true_cfg_scale above 1" if in_calls else "--guidance_scale above 1"
+        raise ValueError(f"--use_cfg_parallel: there is one branch only; add {needed}, or leave it out")
+    if not in_calls and args.negative_prompt is not None and scale <= 1:
+        raise ValueError(f"--negative_prompt: nothing reads it at --guidance_scale {scale:g}; use one above 1")
+    if parallel.use_parallel_vae and args.enable_tiling:
+        raise ValueError("--use_parallel_vae and --enable_tiling both cut the image; name one of them")
+    images = args.num_images or len(args.prompt or args.class_label or [])
+    if images and images < parallel.data_parallel_degree:
+        raise ValueError(
+            f"--data_parallel_degree {parallel.data_parallel_degree}: there are only {images} images; ask for more, "
+            "or lower it"
+        )
+
+
+def check_cache(args: argparse.Namespace) -> None:
+    """Refuse settings of a cache that nothing would read (ValueError)."""
+    method = cache_method(args)
+    if args.rel_l1_thresh is not None and method not in MODEL_TYPES[args.model_type].thresholds:
+        with_one = ", ".join(MODEL_TYPES[args.model_type].thresholds)
+        said = "no base method is named" if method is None else f"--use_cache {method} has none"
+        raise ValueError(f"--rel_l1_thresh is a base method's threshold, and {said}; add --use_cache ({with_one})")
+    if args.resume and args.calibration == FIRST:
+        raise ValueError("--resume with --calibration first would learn again, from other images; use a file")
+
+
+def read_prompts(args: argparse.Namespace) -> None:
+    """Take the prompts from the file that is named.
+
+    Raises:
+        ValueError: They are named otherwise too, or the file is not there or empty.
+    """
+    if args.prompts is None:
+        return
+    if args.prompt:
+        raise ValueError("--prompt and --prompts both name prompts; leave one of them out")
+    try:
+        text = args.prompts.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ValueError(f"--prompts {args.prompts}: it cannot be read ({reason})") from error
+    args.prompt = [line.strip() for line in text.splitlines() if line.strip()]
+    if not args.prompt:
+        raise ValueError(f"--prompts: {args.prompts} holds no prompt")
