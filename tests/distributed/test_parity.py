@@ -27,7 +27,7 @@ MODES: dict[str, dict[str, Any]] = {
     "budget": {"adacorr_budget": 0.5},
     "bound": {"adacorr_mode": "bound"},
     "gate": {"adacorr_mode": "gate"},
-    "blend": {"adacorr_mode": "blend"},
+    "blend": {"adacorr_mode": "blend", "adacorr_score": "relative"},
 }
 THRESHOLDS = {
     "tiny-dit": {"Fast": 0.1, "Tea": 0.2, "Fb": 0.2},

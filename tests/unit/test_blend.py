@@ -98,7 +98,7 @@ def test_absolute_score_follows_the_published_equations(
 def test_relative_score_follows_its_definition(dit: Toy) -> None:
     """S = D^2 + lambda * |spatial - spatial of the step before| / rms of the step before."""
     gamma, strength = 4.0, 0.5
-    settings = {"adacorr_gamma": gamma, "adacorr_lambda": strength}
+    settings = {"adacorr_score": "relative", "adacorr_gamma": gamma, "adacorr_lambda": strength}
     with witnessed(dit) as witness, attached(dit.pipeline, "pipeline", None, **BLEND, **settings) as engine:
         dit.images(STEPS)
         (offsets,) = engine.summary()["offsets"].values()
@@ -115,7 +115,8 @@ def test_relative_score_follows_its_definition(dit: Toy) -> None:
 def test_relative_weight_is_zero_when_nothing_moves(dit: Toy) -> None:
     """The same sample at two steps: every block gives what it gave before, though the timestep has changed."""
     sample = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(5))
-    with witnessed(dit) as witness, attached(dit.pipeline, "transformer", None, **BLEND) as engine, torch.no_grad():
+    settings = BLEND | {"adacorr_score": "relative"}
+    with witnessed(dit) as witness, attached(dit.pipeline, "transformer", None, **settings) as engine, torch.no_grad():
         for timestep in (900, 300):
             dit.transformer(sample, timestep=torch.tensor([timestep]), class_labels=torch.tensor([1]))
         summary = engine.summary()
@@ -165,7 +166,8 @@ def test_both_streams_of_flux_are_blended(flux: Toy) -> None:
     hook = first.register_forward_hook(lambda module, args, output: outputs.append(output))
     try:
         with wrapped(first, "forward", recording):
-            with attached(flux.pipeline, "transformer", None, **BLEND, adacorr_gamma=20.0) as engine:
+            settings = BLEND | {"adacorr_score": "relative", "adacorr_gamma": 20.0}
+            with attached(flux.pipeline, "transformer", None, **settings) as engine:
                 drive(flux.transformer, 3)
                 weights = [row[0] for row in engine.summary()["weights"]["0"]]
     finally:

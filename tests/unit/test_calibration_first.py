@@ -53,6 +53,7 @@ def test_blending_waits_for_the_first_generation(dit: Toy) -> None:
     """ "first" is evaluated in full, and nothing else: what is learned is the model, not a blend."""
     expected = dit.plain_images(STEPS)
     settings = {"enable_adacorrection": True, "adacorr_mode": "blend", "approximation": "fitted"}
+    settings["adacorr_score"] = "relative"
     with attached(dit.pipeline, "pipeline", None, calibration="first", **settings):
         assert np.array_equal(dit.images(STEPS), expected)
 

@@ -125,6 +125,22 @@ def test_unusual_drift_is_taken_into_account() -> None:
     assert predicted(math.nan) == pytest.approx(0.02)
 
 
+@pytest.mark.parametrize(("offset", "factor"), [(0.0008, 0.5), (0.01, 0.5), (0.9, 2.0)])
+def test_one_steps_drift_moves_a_prediction_by_no_more_than_a_half_to_twice(offset: float, factor: float) -> None:
+    """A relative score is small for one step where the spatial variation turns round. When that alone could bring a
+    prediction to nothing, the second real step of a generation was skipped: more so with a larger γ, which had
+    evaluated the first one, so that a larger γ drew worse.
+    """
+    reviewer = reviewer_of()
+    state = reviewer.new_state(1)
+    state.layers[0] = LayerGate(0.01, 2.0)
+    predicted = []
+    for step, each in ((11, 0.04), (12, offset)):
+        context = StepContext(Call(step, ("0",), False, None), (0.0,), ((step - 1,),), 1, 0, each, 1, (step - 1,))
+        predicted.append(reviewer.review(state, context).predicted[0])
+    assert predicted == pytest.approx([0.02, 0.02 * factor])
+
+
 @pytest.mark.parametrize(
     ("score", "evaluates"), [(0.04, False), (0.0499, False), (0.0501, True), (math.nan, True), (0.0, False)]
 )

@@ -18,7 +18,7 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     "matched": {"enable_adacorrection": True},
     "budget": {"enable_adacorrection": True, "adacorr_budget": 0.6},
     "bound": {"enable_adacorrection": True, "adacorr_tolerance": 0.08},
-    "blend": {"enable_adacorrection": True, "adacorr_mode": "blend"},
+    "blend": {"enable_adacorrection": True, "adacorr_mode": "blend", "adacorr_score": "relative"},
 }
 # Thresholds at which each method both computes and reuses in the middle of a toy's generation.
 THRESHOLDS = {("dit", "Tea"): 0.3, ("dit", "Fb"): 0.3, ("flux", "Tea"): 0.5, ("flux", "Fb"): 0.6}

@@ -23,7 +23,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "Tea+budget": ("Tea", BUDGET),
     "Fb+budget": ("Fb", BUDGET),
     "Tea+bound": ("Tea", BOUND),
-    "blend": ("Fb", {"enable_adacorrection": True, "adacorr_mode": "blend"}),
+    "blend": ("Fb", {"enable_adacorrection": True, "adacorr_mode": "blend", "adacorr_score": "relative"}),
 }
 
 

@@ -55,7 +55,7 @@ class Deliberation:
         self.run = statistics.blocks
         self.placement = placement
         self.config, self.policy, self.exchange, self.statistics = config, policy, exchange, statistics
-        self._score = OffsetScore(config.adacorr_score, config.adacorr_lambda)
+        self._score = OffsetScore(config.score, config.adacorr_lambda)
         self.use(calibration)
 
     def use(self, calibration: Calibration | None) -> None:

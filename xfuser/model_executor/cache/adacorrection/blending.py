@@ -38,7 +38,7 @@ class BlendReviewer(Reviewer):
 
     def __init__(self, config: CacheConfig, approximation: Extrapolation) -> None:
         self.config, self.approximation = config, approximation
-        self.score = OffsetScore(config.adacorr_score, config.adacorr_lambda)
+        self.score = OffsetScore(config.score, config.adacorr_lambda)
 
     def new_state(self, units: int) -> list[float]:
         """Per unit, the sum of the spatial variation at the step before."""

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import ClassVar
 
 from xfuser.config import CacheConfig
-from xfuser.model_executor.cache.adacorrection.drift import DriftMonitor
+from xfuser.model_executor.cache.adacorrection.drift import DriftMonitor, bounded
 from xfuser.model_executor.cache.adacorrection.estimate import ErrorEstimate
 from xfuser.model_executor.cache.adacorrection.schedule import refresh_rates
 from xfuser.model_executor.cache.approximation import Extrapolation
@@ -96,7 +96,7 @@ class BudgetReviewer(Reviewer):
             rate = refresh_rates(call.step, left - 1, call.num_steps, max(affordable - 1, 0.0), share)[0]
         if rate >= 1 - ROUNDING:
             return True
-        state.phase += max(rate, 0.0) * min(max(demand, 0.5), 2.0)
+        state.phase += max(rate, 0.0) * bounded(demand)
         if state.phase < 1 - ROUNDING:
             return False
         state.phase -= 1

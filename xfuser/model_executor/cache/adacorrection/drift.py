@@ -8,6 +8,14 @@ from dataclasses import dataclass, field
 # An offset score is a squared drift; an error is linear in it.
 EXPONENT = 0.5
 MEMORY = 0.8  # share of the old value in the running mean
+# How far one step's drift may move what is expected of it. The spatial part of a relative score is a difference that
+# passes through 0 without anything having come to rest, and the first step's score is no measure of those that follow.
+LEAST, MOST = 0.5, 2.0
+
+
+def bounded(factor: float) -> float:
+    """The factor, no further from 1 than `LEAST` and `MOST`."""
+    return min(max(factor, LEAST), MOST)
 
 
 @dataclass

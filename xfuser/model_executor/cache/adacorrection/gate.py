@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from xfuser.config import CacheConfig
 from xfuser.model_executor.cache.adacorrection.correction import correction_weight
-from xfuser.model_executor.cache.adacorrection.drift import DriftMonitor
+from xfuser.model_executor.cache.adacorrection.drift import DriftMonitor, bounded
 from xfuser.model_executor.cache.adacorrection.estimate import ErrorEstimate
 from xfuser.model_executor.cache.adacorrection.offset import OffsetRow, OffsetScore
 from xfuser.model_executor.cache.approximation import Extrapolation
@@ -44,7 +44,8 @@ class GateReviewer(Reviewer):
     γ_l = γ × the running mean of e / (tolerance·S), e the true error that the layer's evaluations showed, so that w
     reaches 1 when the expected error reaches the tolerance and one γ serves all models. Between evaluations a layer's
     score is what its last one showed, grown with the square of the lag, as S does while the drift is steady, and
-    scaled by how unusual the drift of this step's input is. A proposal of the base method halves what is tolerated.
+    scaled by how unusual the drift of this step's input is, by a half to twice. A proposal of the base method halves
+    what is tolerated.
     """
 
     obeys: ClassVar[bool] = False
@@ -52,7 +53,7 @@ class GateReviewer(Reviewer):
 
     def __init__(self, config: CacheConfig, approximation: Extrapolation) -> None:
         self.config, self.approximation = config, approximation
-        self.score = OffsetScore(config.adacorr_score, config.adacorr_lambda)
+        self.score = OffsetScore(config.score, config.adacorr_lambda)
 
     def new_state(self, units: int) -> GateState:
         return GateState(ErrorEstimate(self.approximation.order))
@@ -79,7 +80,7 @@ class GateReviewer(Reviewer):
         return self.score(row.tokens, row.drift, row.reference_norm, row.spatial, reference_spatial, channels)
 
     def review(self, state: GateState, context: StepContext) -> Review:
-        unusual = state.drift.ratio(context.offset, context.offset_lag) ** 2
+        unusual = bounded(state.drift.ratio(context.offset, context.offset_lag) ** 2)
         predicted = tuple(self.predict(state, context, unit, unusual) for unit in range(context.units))
         weights = [self._gate(error, context.proposals[unit]) for unit, error in enumerate(predicted)]
         evaluate = tuple(weight >= 1 for weight in weights)
