@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 
 from xfuser.names import looked_up
+from xfuser.xdit.finder import install
 
 try:
     __version__ = version("xfuser")
@@ -19,6 +20,7 @@ _PUBLIC = {
     "ParallelMesh": "xfuser.core.distributed.mesh",
     "apply_cache_on_pipeline": "xfuser.model_executor.cache",
     "apply_cache_on_transformer": "xfuser.model_executor.cache",
+    "cache_engine_of": "xfuser.model_executor.cache",
     "load_pipeline": "xfuser.model_executor.pipelines",
     "parallelize": "xfuser.model_executor.parallel",
     "xFuserArgs": "xfuser.config",
@@ -33,21 +35,9 @@ _PUBLIC = {
     "xfuser.model_executor.pipelines.upstream",
 )
 
-_MODELS = "this engine runs FLUX, PixArt, Stable Diffusion 3 and DiT; use xDiT itself for other models"
-_NOT_CARRIED_OVER = dict.fromkeys(
-    (
-        "xFuserCogVideoXPipeline",
-        "xFuserConsisIDPipeline",
-        "xFuserHunyuanDiTPipeline",
-        "xFuserLattePipeline",
-        "xFuserSanaPipeline",
-        "xFuserSanaSprintPipeline",
-        "xFuserStableDiffusionXLPipeline",
-    ),
-    _MODELS,
-)
-
 __all__ = [*_PUBLIC, "__version__"]
 
 # Looked up on first use: importing diffusers takes seconds, which `xdit --help` should not wait for.
-__getattr__ = looked_up(__name__, _PUBLIC, _NOT_CARRIED_OVER)
+__getattr__ = looked_up(__name__, _PUBLIC)
+
+install()

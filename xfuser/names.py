@@ -7,23 +7,28 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 
-def looked_up(
-    package: str, public: Mapping[str, str], not_carried_over: Mapping[str, str] | None = None
-) -> Callable[[str], Any]:
+def looked_up(module: str, public: Mapping[str, str]) -> Callable[[str], Any]:
     """A module's ``__getattr__``.
 
+    Of xDiT's names that are not carried over a pipeline is found, and refuses when it is used; any other is an
+    ImportError that says what to use instead.
+
     Args:
-        package: The module's name.
-        public: Where each public name lives.
-        not_carried_over: What to use instead of each name that xDiT has and this engine does not.
+        module: The module's name.
+        public: Where each public name lives that is not in the module itself.
     """
 
     def __getattr__(name: str) -> Any:
         if name in public:
             return getattr(importlib.import_module(public[name]), name)
-        if not_carried_over and name in not_carried_over:
-            # An AttributeError would reach the importer as "cannot import name", without the reason.
-            raise ImportError(f"xDiT's {package}.{name} is not carried over: {not_carried_over[name]}")
-        raise AttributeError(f"module {package!r} has no attribute {name!r}; it has {', '.join(public)}")
+        from xfuser.xdit.finder import refuse, refusing_pipeline
+
+        pipeline = refusing_pipeline(module, name)
+        if pipeline is not None:
+            return pipeline
+        # An AttributeError would reach the importer as "cannot import name", without the reason.
+        refuse(f"{module}.{name}")
+        known = f"; it has {', '.join(public)}" if public else ""
+        raise AttributeError(f"module {module!r} has no attribute {name!r}{known}")
 
     return __getattr__

@@ -17,12 +17,4 @@ __all__ = [
     "xFuserArgs",
 ]
 
-_DEGREES = "ParallelConfig holds every degree"
-_NOT_CARRIED_OVER = {
-    "DataParallelConfig": _DEGREES,
-    "PipeFusionParallelConfig": _DEGREES,
-    "SequenceParallelConfig": _DEGREES,
-    "TensorParallelConfig": "there is no tensor parallelism; use ulysses_degree or pipefusion_parallel_degree",
-}
-
-__getattr__ = looked_up(__name__, dict.fromkeys(__all__, __name__), _NOT_CARRIED_OVER)
+__getattr__ = looked_up(__name__, dict.fromkeys(__all__, __name__))

@@ -34,25 +34,12 @@ _PUBLIC = dict.fromkeys(
         "model_parallel_is_initialized",
     ),
     _STATE,
-) | {"get_runtime_state": "xfuser.core.distributed.runtime_state"}
-
-_GROUP = "take torch's group from xfuser.ParallelMesh, with group(dimension), or its sequence, peers and control"
-_TENSOR = "there is no tensor parallelism; its world size is always 1"
-_VAE = "the ranks that share an image decode it; use --use_parallel_vae"
-_RUNTIME = "xfuser.parallelize(pipeline, mesh) attaches everything that a pipeline needs"
-_NOT_CARRIED_OVER = {
-    "get_tp_group": _TENSOR,
-    "get_vae_parallel_group": _VAE,
-    "get_vae_parallel_rank": _VAE,
-    "get_vae_parallel_world_size": _VAE,
-    "init_dit_group": _GROUP,
-    "init_model_parallel_group": _GROUP,
-    "init_vae_group": _VAE,
-    "initialize_runtime_state": _RUNTIME,
-    "runtime_state_is_initialized": "model_parallel_is_initialized() tells whether create_config() was called",
-}
+) | dict.fromkeys(
+    ("get_runtime_state", "initialize_runtime_state", "runtime_state_is_initialized"),
+    "xfuser.core.distributed.runtime_state",
+)
 
 __all__ = [*_PUBLIC]
 
 # Looked up on first use: these modules import torch.
-__getattr__ = looked_up(__name__, _PUBLIC, _NOT_CARRIED_OVER)
+__getattr__ = looked_up(__name__, _PUBLIC)

@@ -22,7 +22,10 @@ from xfuser.core.distributed.environment import (
 )
 from xfuser.core.distributed.environment import local_rank as local_rank_of_launcher
 from xfuser.core.distributed.mesh import ParallelMesh
+from xfuser.names import looked_up
 from xfuser.xdit.groups import Group, SequenceGroup
+
+__getattr__ = looked_up(__name__, {})
 
 
 @dataclass
@@ -83,7 +86,7 @@ def initialize_model_parallel(
     vae_parallel_size: int = 0,
     backend: str | None = None,
 ) -> None:
-    """Place this process among all, once. Collective.
+    """Place this process among all, once; with the same degrees again, nothing happens. Collective.
 
     Args:
         data_parallel_degree: Groups of processes that generate different images.
@@ -115,15 +118,16 @@ def initialize_model_parallel(
             f"sequence_parallel_degree={sequence_parallel_degree} is not ulysses_degree {ulysses_degree} x "
             f"ring_degree {ring_degree}; leave it out"
         )
-    start(
-        ParallelConfig(
-            data_parallel_degree=data_parallel_degree,
-            use_cfg_parallel=classifier_free_guidance_degree == 2,
-            pipefusion_parallel_degree=pipeline_parallel_degree,
-            ring_degree=ring_degree,
-            ulysses_degree=ulysses_degree,
-        )
+    config = ParallelConfig(
+        data_parallel_degree=data_parallel_degree,
+        use_cfg_parallel=classifier_free_guidance_degree == 2,
+        pipefusion_parallel_degree=pipeline_parallel_degree,
+        ring_degree=ring_degree,
+        ulysses_degree=ulysses_degree,
     )
+    # Scripts name the degrees after create_config() once more; its other settings stay in force.
+    if _process.mesh is None or _process.mesh.config.shape != config.shape:
+        start(config)
 
 
 def start(config: ParallelConfig) -> ParallelMesh:
@@ -150,6 +154,11 @@ def destroy_distributed_environment() -> None:
     """Part from the other processes. A new start is possible."""
     _process.mesh = _process.device = None
     leave_processes()
+
+
+def destroy_model_parallel() -> None:
+    """Forget this process's place among all; the processes stay together. Other degrees are possible then."""
+    _process.mesh = None
 
 
 def model_parallel_is_initialized() -> bool:

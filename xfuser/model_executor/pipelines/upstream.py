@@ -88,6 +88,7 @@ class xFuserPipeline:  # noqa: N801 (xDiT's way of naming)
         """
         check_loading(keywords)
         cls._checked(engine_config, cache_args)
+        keywords.pop("trust_remote_code", None)  # these pipelines come with no code, and none is run
         keywords |= {"use_safetensors": True}
         dtypes = [keywords.pop(name, None) for name in ("torch_dtype", "dtype")]
         dtype = next((each for each in (*dtypes, engine_config.runtime_config.dtype) if each is not None), None)

@@ -7,6 +7,7 @@ from typing import Any
 
 from xfuser.config import CacheConfig, EngineConfig
 from xfuser.config.arguments import READS
+from xfuser.config.cache import WITH_THRESHOLD, base_method
 
 _BUDGETS = ("adacorr_mode", "adacorr_tolerance", "adacorr_budget")  # three ways to say one thing
 
@@ -15,7 +16,6 @@ _REFUSED_LOADING = {
     "device_map": "each process holds its part on its own device; leave it out and call .to(device)",
     "quantization_config": "weights are not quantised here; leave it out",
     "return_org_pipeline": "load diffusers' pipeline with diffusers, and hand it to xDiTParallel",
-    "trust_remote_code": "no code is run that comes with a model; leave it out",
 }
 
 
@@ -50,7 +50,9 @@ def cache_settings_of(
         for name in _BUDGETS:
             script.pop(name, None)
     settings = script | told
-    method = settings.get("use_cache")
+    method = base_method(settings.get("use_cache"))
+    if method not in WITH_THRESHOLD and "rel_l1_thresh" not in told:
+        settings.pop("rel_l1_thresh", None)  # xDiT's scripts name one whether they cache or not
     if method in thresholds and settings.get("rel_l1_thresh") is None:
         settings["rel_l1_thresh"] = thresholds[method]
     CacheConfig.from_keywords(**settings)

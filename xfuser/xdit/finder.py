@@ -1,0 +1,69 @@
+"""Finds the modules of xDiT that have no file here, and says what to use instead of those that are not carried over."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+from xfuser.xdit.table import MODULES, NOT_CARRIED_OVER, PIPELINE_MODULES, REFUSING_PIPELINES
+
+
+class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """The last of Python's finders: it is asked only for what has no file."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """The module that stands for one of xDiT's; ``None`` for what is not xDiT's either.
+
+        Raises:
+            ImportError: xDiT has it, and it is not carried over.
+        """
+        if not fullname.startswith("xfuser."):
+            return None
+        if fullname in MODULES:
+            inside = (*MODULES, *NOT_CARRIED_OVER)
+            is_package = any(name.startswith(f"{fullname}.") for name in inside)
+            return importlib.machinery.ModuleSpec(fullname, self, is_package=is_package)
+        refuse(fullname)
+        return None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
+        """Leave it to Python."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Let its names be looked up where they live."""
+        from xfuser.names import looked_up
+
+        names = MODULES[module.__name__]
+        found: Any = module
+        found.__all__ = list(names)
+        found.__getattr__ = looked_up(module.__name__, names)
+
+
+def install() -> None:
+    """Let Python ask the finder, once."""
+    if not any(isinstance(each, Finder) for each in sys.meta_path):
+        sys.meta_path.append(Finder())
+
+
+def refuse(name: str) -> None:
+    """Say of a dotted name what to use instead (ImportError), where xDiT has it and it is not carried over."""
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        instead = NOT_CARRIED_OVER.get(".".join(parts[:length]))
+        if instead is not None:
+            raise ImportError(f"xDiT's {name} is not carried over: {instead}")
+
+
+def refusing_pipeline(module: str, name: str) -> type | None:
+    """The class that stands for a pipeline which is not carried over; ``None`` where a module has no such pipeline."""
+    if module not in PIPELINE_MODULES or name not in REFUSING_PIPELINES:
+        return None
+    from xfuser.xdit.refusing import refusing
+
+    return refusing(name, REFUSING_PIPELINES[name])
