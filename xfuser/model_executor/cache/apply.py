@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from xfuser.config import CacheConfig
-from xfuser.config.cache import FIRST
+from xfuser.config.cache import FIRST, base_method
 from xfuser.model_executor.adapters import declaration_of
 from xfuser.model_executor.cache.adacorrection.trajectory.engine import TrajectoryEngine, attach_trajectory
 from xfuser.model_executor.cache.adacorrection.trajectory.settings import AUTO, TrajectoryConfig
-from xfuser.model_executor.cache.attach import is_attached
+from xfuser.model_executor.cache.attach import check_scheduler_free, check_transformer_free
 from xfuser.model_executor.cache.calibration import Calibration
 from xfuser.model_executor.cache.engine import CacheEngine
+from xfuser.model_executor.cache.foreign import check_no_other_cache, check_not_compiled_whole
+
+logger = logging.getLogger(__name__)
 
 ONLY_TRAJECTORY = sorted(set(TrajectoryConfig.__dataclass_fields__) - {"adacorr_budget", "calibration"})
 
@@ -60,7 +64,7 @@ def apply_cache_on_pipeline(
     transformer = getattr(pipeline, "transformer", None)
     if transformer is None:
         raise TypeError(f"{type(pipeline).__name__} has no transformer; caching needs a pipeline with one")
-    return _attach(transformer, config, getattr(pipeline, "scheduler", None))
+    return _attach(transformer, config, pipeline)
 
 
 def on_trajectory(use_cache: str | None, settings: dict[str, Any]) -> bool:
@@ -72,9 +76,10 @@ def on_trajectory(use_cache: str | None, settings: dict[str, Any]) -> bool:
     Raises:
         ValueError: A base method and a setting that it cannot have are both named.
     """
+    use_cache = base_method(use_cache)
     only_there = [name for name in ONLY_TRAJECTORY if settings.get(name) is not None]
     only_there += ["calibration='auto'"] if settings.get("calibration") == AUTO else []
-    if only_there and use_cache not in (None, "None"):
+    if only_there and use_cache is not None:
         raise ValueError(f"{only_there[0]} belongs to AdaCorrection on the trajectory; leave use_cache out")
     if only_there:
         return True
@@ -85,26 +90,64 @@ def _names_blocks(settings: dict[str, Any]) -> bool:
     return bool(settings.get("enable_adacorrection")) or settings.get("adacorr_mode") is not None
 
 
-def _attach(transformer: Any, config: CacheConfig, scheduler: Any) -> CacheEngine:
+def _attach(transformer: Any, config: CacheConfig, pipeline: Any) -> CacheEngine:
+    scheduler = getattr(pipeline, "scheduler", None)
     declaration = declaration_of(transformer)
     declaration.check_return_order(config.return_hidden_states_first)
     check_unattached(transformer, scheduler)
     engine = CacheEngine(transformer, declaration, config, calibration=load_calibration(transformer, config, scheduler))
-    if scheduler is not None:
-        engine.watch_scheduler(scheduler)
+    if pipeline is not None:
+        engine.follow_pipeline(pipeline)
     return engine
 
 
+def cache_engine_of(transformer: nn.Module) -> CacheEngine:
+    """Find the engine that is attached to a transformer, whoever attached it.
+
+    Example:
+        >>> pipeline.transformer = apply_cache_on_transformer(pipeline.transformer, use_cache="Fb")  # xDiT's path
+        >>> cache_engine_of(pipeline.transformer).summary()
+
+    Raises:
+        ValueError: There is none.
+    """
+    forward = vars(transformer).get("forward")
+    while forward is not None:
+        if isinstance(engine := getattr(forward, "cache_engine", None), CacheEngine):
+            return engine
+        forward = getattr(forward, "__wrapped__", None)
+    raise ValueError(f"this {type(transformer).__name__} has no cache attached; call apply_cache_on_transformer first")
+
+
+def replace_cache_on_transformer(transformer: nn.Module, config: CacheConfig) -> CacheEngine:
+    """Attach an engine in place of the one that is attached, if any, with a logged line.
+
+    Raises:
+        TypeError: The transformer is not supported.
+        ValueError: A setting does not fit it, or something other than one engine has a hold on it. Nothing has been
+            changed then.
+    """
+    forward = vars(transformer).get("forward") if isinstance(transformer, nn.Module) else None
+    before = getattr(forward, "cache_engine", None)
+    if before is None:
+        return _attach(transformer, config, None)
+    declaration_of(transformer).check_return_order(config.return_hidden_states_first)
+    load_calibration(transformer, config, None)
+    before.remove()
+    logger.warning("the cache %r on this %s is replaced", before.config.use_cache, type(transformer).__name__)
+    return _attach(transformer, config, None)
+
+
 def check_unattached(transformer: nn.Module, scheduler: Any) -> None:
-    """Refuse a transformer or scheduler that an engine is attached to already (ValueError)."""
-    if is_attached(transformer):
-        raise ValueError(
-            f"this {type(transformer).__name__} has a cache attached already; call remove() on its engine first"
-        )
-    if scheduler is not None and is_attached(scheduler, "step"):
-        raise ValueError(
-            "this scheduler belongs to a pipeline with a cache attached; call remove() on its engine first"
-        )
+    """Refuse what something else has a hold on (ValueError).
+
+    That is an engine, one of diffusers' own caches, or a compiler that has made one graph of the whole transformer.
+    """
+    check_not_compiled_whole(transformer)
+    check_transformer_free(transformer)
+    check_no_other_cache(transformer)
+    if scheduler is not None:
+        check_scheduler_free(scheduler)
 
 
 def load_calibration(transformer: nn.Module, config: CacheConfig, scheduler: Any) -> Calibration | None:

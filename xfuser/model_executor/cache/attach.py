@@ -15,24 +15,55 @@ class Replacement:
     """One attribute of one object, replaced by a wrapper that knows the original."""
 
     def __init__(self, owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        self._owner, self._name = owner, name
-        self._previous = vars(owner).get(name, _ABSENT)
-        self.original = getattr(owner, name)
-        wrapper = wrap(self.original)
+        self._name, self._wrap = name, wrap
+        self.put_on(owner)
+
+    def put_on(self, owner: Any) -> None:
+        """Replace the same attribute of this object; to be called after `undo`."""
+        self.owner = owner
+        self._previous = vars(owner).get(self._name, _ABSENT)
+        self.original = getattr(owner, self._name)
+        wrapper = self._wrap(self.original)
         # inspect.signature follows __wrapped__: pipelines look at the parameters of what they call.
         wrapper.__wrapped__ = self.original  # type: ignore[attr-defined]
         wrapper.attached_by_xfuser = True  # type: ignore[attr-defined]
-        setattr(owner, name, wrapper)
+        setattr(owner, self._name, wrapper)
+
+    def hide(self) -> Any:
+        """Give the original its place back for a moment; returns the wrapper, which `show` puts there again."""
+        wrapper = vars(self.owner)[self._name]
+        self.undo()
+        return wrapper
+
+    def show(self, wrapper: Any) -> None:
+        """End what `hide` began."""
+        setattr(self.owner, self._name, wrapper)
 
     def undo(self) -> None:
         if self._previous is _ABSENT:
-            delattr(self._owner, self._name)
+            delattr(self.owner, self._name)
         else:
-            setattr(self._owner, self._name, self._previous)
+            setattr(self.owner, self._name, self._previous)
 
 
 def is_attached(owner: Any, name: str = "forward") -> bool:
     return getattr(vars(owner).get(name), "attached_by_xfuser", False)
+
+
+def check_transformer_free(transformer: nn.Module) -> None:
+    """Refuse a transformer that an engine is attached to already (ValueError)."""
+    if is_attached(transformer):
+        raise ValueError(
+            f"this {type(transformer).__name__} has a cache attached already; call remove() on its engine first"
+        )
+
+
+def check_scheduler_free(scheduler: Any) -> None:
+    """Refuse a scheduler whose calls another engine follows (ValueError)."""
+    if is_attached(scheduler, "step"):
+        raise ValueError(
+            "this scheduler belongs to a pipeline with a cache attached; call remove() on its engine first"
+        )
 
 
 def has_registry(module: nn.Module) -> bool:

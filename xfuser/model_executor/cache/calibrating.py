@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from torch import nn
 
 from xfuser.config import CacheConfig
 from xfuser.config.cache import FIRST
@@ -26,14 +28,32 @@ class Calibrator:
         blocks: int,
         calibration: Calibration | None,
         describe: Callable[[], dict[str, Any]],
+        weights: Callable[[], Any],
     ) -> None:
         self.recorder: Recorder | None = None
         self.calibration = calibration
         self._first = config.calibration == FIRST
         self._blocks = blocks
-        self._describe = describe
+        self._describe, self._weights = describe, weights
+        self._learned_with: Any = None
         self._records_all = False
         self._by_steps: dict[int | None, Calibration] = {}
+
+    @property
+    def records_all(self) -> bool:
+        return self._records_all
+
+    def moved(self, transformer: nn.Module, blocks: Sequence[nn.Module], scheduler: Any) -> Calibration | None:
+        """What still holds with another transformer or scheduler; what was learned here with the ones before does not.
+
+        Raises:
+            ValueError: A file's calibration was made with another one. Nothing was forgotten then.
+        """
+        if self.calibration is not None and not self._first:
+            self.calibration.check(transformer, blocks, scheduler)
+        self._by_steps.clear()
+        self.recorder = None
+        return None if self._first else self.calibration
 
     def record(self) -> None:
         """From the next generation on, record all."""
@@ -55,6 +75,10 @@ class Calibrator:
         self.settle()
         before = self.calibration
         if self._first:
+            weights = self._weights()
+            if weights != self._learned_with:
+                self._by_steps.clear()
+                self._learned_with = weights
             self.calibration = self._by_steps.get(num_steps)
         if self._records_all or (self._first and self.calibration is None):
             if num_steps is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -10,9 +11,12 @@ from torch import nn
 from xfuser.config import CacheConfig
 from xfuser.core.attention import AttentionContext
 from xfuser.core.distributed.statistics import SumExchange
-from xfuser.model_executor.adapters import BoundArguments, ModelDeclaration
+from xfuser.model_executor.adapters import BoundArguments, ModelDeclaration, declaration_of
+from xfuser.model_executor.cache.adacorrection.trajectory.fingerprint import weights_digest
 from xfuser.model_executor.cache.attach import (
     Replacement,
+    check_scheduler_free,
+    check_transformer_free,
     drop_empty_registry,
     has_registry,
     named_contexts,
@@ -20,9 +24,17 @@ from xfuser.model_executor.cache.attach import (
 )
 from xfuser.model_executor.cache.calibrating import Calibrator
 from xfuser.model_executor.cache.calibration import Calibration, describe_model
+from xfuser.model_executor.cache.compiling import CompilableBlock
 from xfuser.model_executor.cache.deliberation import Deliberation
 from xfuser.model_executor.cache.execution import Execution
 from xfuser.model_executor.cache.flops import FlopCount, StepFlops, signature
+from xfuser.model_executor.cache.following import PipelineFollower
+from xfuser.model_executor.cache.foreign import (
+    check_no_other_cache,
+    check_not_compiled_whole,
+    refusing_calls,
+    uncompilable,
+)
 from xfuser.model_executor.cache.policies import build_policy
 from xfuser.model_executor.cache.staged import StagedExecution
 from xfuser.model_executor.cache.standins import cut_units
@@ -58,16 +70,27 @@ class CacheEngine:
         placement: Placement | None = None,
         attention: AttentionContext | None = None,
     ) -> None:
+        self.exchange = exchange or SumExchange()
+        self._asked, self._given_placement, self._attention = config, placement, attention
+        self._scheduler: Any = None
+        self._follower: PipelineFollower | None = None
+        self._build(transformer, declaration, calibration)
+        self._attach()
+
+    def _build(self, transformer: nn.Module, declaration: ModelDeclaration, calibration: Calibration | None) -> None:
+        """Make everything that belongs to one transformer."""
+        config = self._asked
+        if config.rel_l1_thresh is None:
+            config = replace(config, rel_l1_thresh=declaration.threshold(config.use_cache, transformer))
         self.transformer, self.declaration, self.config = transformer, declaration, config
         self.blocks = declaration.blocks(transformer)
         self.policy = build_policy(config, declaration, len(self.blocks))
-        self.exchange = exchange or SumExchange()
         self.statistics = Statistics(len(self.blocks))
-        self.placement = placement or Placement(Stage.alone(len(self.blocks)))
+        self.placement = self._given_placement or Placement(Stage.alone(len(self.blocks)))
         self.deliberation = Deliberation(
             config, self.policy, self.exchange, self.statistics, calibration, self.placement
         )
-        self.calibrator = Calibrator(config, len(self.blocks), calibration, self._describe)
+        self.calibrator = Calibrator(config, len(self.blocks), calibration, self._describe, self._weights)
         kind = Execution if self.placement.stage.is_alone else StagedExecution
         self.execution = kind(
             config,
@@ -78,7 +101,7 @@ class CacheEngine:
             self.calibrator,
             self.exchange,
             self.placement,
-            attention,
+            self._attention,
         )
         self.execution.reset()
         self.tracker = StepTracker(config.num_steps, declaration.timestep_direction)
@@ -87,9 +110,8 @@ class CacheEngine:
         self._context: str | None = None
         self._num_steps: int | None = config.num_steps
         self._flops: dict[tuple[Any, ...], StepFlops] = {}
-        self._replacements: list[Replacement] = []
-        self._scheduler: Any = None
-        self._attach()
+        self._replacements: list[Replacement | CompilableBlock] = []
+        self._scheduler_marks: list[Replacement] = []
 
     # -- the public calls ---------------------------------------------------------------------------------------------
 
@@ -99,6 +121,7 @@ class CacheEngine:
         config = self.config
         return {
             "method": config.use_cache,
+            "rel_l1_thresh": config.rel_l1_thresh,
             "adacorrection": config.mode,
             "approximation": config.stand_in,
             "collectives": self.exchange.collectives,
@@ -115,7 +138,16 @@ class CacheEngine:
         return [*self.policy.needs_num_steps, *self.deliberation.reviewer.needs_num_steps]
 
     def record(self) -> None:
-        """From the next generation on, evaluate everything and keep what a calibration is made from."""
+        """From the next generation on, evaluate everything and keep what a calibration is made from.
+
+        Raises:
+            ValueError: Several ranks share the image, and each sees a part of its tokens, branches or blocks only.
+        """
+        if self.exchange.group is not None:
+            raise ValueError(
+                "record() sees this rank's part of an image only; calibrate in one process (`xdit calibrate`) and give "
+                "every rank the file, as calibration='mine.safetensors'"
+            )
         self.calibrator.record()
 
     def recorded(self) -> Calibration:
@@ -130,6 +162,10 @@ class CacheEngine:
         known = describe_model(self.transformer, self.blocks)
         return known if self._scheduler is None else known | {"scheduler": type(self._scheduler).__name__}
 
+    def _weights(self) -> tuple[str, Any]:
+        """What changes with a LoRA, with other weights in place of these, and with their type."""
+        return weights_digest(self.transformer), next(self.transformer.parameters()).dtype
+
     def reset(self) -> None:
         """Forget every remembered activation and every statistic. The next call starts a generation."""
         self.calibrator.settle()
@@ -141,13 +177,10 @@ class CacheEngine:
 
     def remove(self) -> None:
         """Take the engine off again: every attribute is what it was before. `summary` still tells what happened."""
-        self._flush()
-        while self._replacements:
-            self._replacements.pop().undo()
-        self._branches.clear()
-        self.tracker.reset()
-        if not self._had_registry:
-            drop_empty_registry(self.transformer)
+        if self._follower is not None:
+            self._follower.undo()
+            self._follower = None
+        self._detach()
 
     def known_flops(self) -> dict[tuple[Any, ...], StepFlops]:
         """What one call costs, by the shapes of its arguments."""
@@ -157,24 +190,87 @@ class CacheEngine:
         """Take over an earlier engine's count for the same transformer, so that it need not be counted again."""
         self._flops.update(known or {})
 
-    def watch_scheduler(self, scheduler: Any) -> None:
-        """Let a scheduler's own calls mark generations and steps."""
-        self._scheduler = scheduler
-        self._replacements += scheduler_calls(scheduler, self._start_afresh, self.tracker.step_ends)
-        self.tracker.watch_scheduler(scheduler)
-
     # -- attaching ----------------------------------------------------------------------------------------------------
+
+    @property
+    def scheduler(self) -> Any:
+        """The scheduler whose calls mark generations and steps; ``None`` where timesteps tell them."""
+        return self._scheduler
+
+    def follow_pipeline(self, pipeline: Any) -> None:
+        """Let the scheduler that a pipeline has mark generations and steps, and move with what is assigned to it."""
+        self._follower = PipelineFollower(pipeline, self)
+
+    def watch_scheduler(self, scheduler: Any) -> None:
+        """Let a scheduler's own calls mark generations and steps, and no longer those of the one before.
+
+        Raises:
+            ValueError: Another engine follows it, or the calibration was made with another; nothing has changed then.
+        """
+        if scheduler is not None:
+            check_scheduler_free(scheduler)
+        if self._scheduler is not None:
+            self.calibrator.moved(self.transformer, self.blocks, scheduler)
+        self._leave_scheduler()
+        self._start_afresh()
+        self._scheduler = scheduler
+        self.tracker.watch_scheduler(scheduler)
+        if scheduler is not None:
+            self._scheduler_marks = scheduler_calls(scheduler, self._start_afresh, self.tracker.step_ends)
+
+    def move_to(self, transformer: nn.Module) -> None:
+        """Leave the transformer for another one; statistics begin anew.
+
+        Raises:
+            TypeError: It is not supported.
+            ValueError: It has an engine already, or the calibration was made with another; nothing has changed then.
+        """
+        if self._given_placement is not None:
+            raise ValueError(
+                "the transformer was replaced after it was spread over its ranks; remove(), and parallelize() again"
+            )
+        declaration = declaration_of(transformer)
+        check_not_compiled_whole(transformer)
+        check_transformer_free(transformer)
+        check_no_other_cache(transformer)
+        declaration.check_return_order(self.config.return_hidden_states_first)
+        before, scheduler = self.calibrator, self._scheduler
+        calibration = before.moved(transformer, declaration.blocks(transformer), scheduler)
+        self._detach()
+        self._build(transformer, declaration, calibration)
+        if before.records_all:
+            self.record()
+        self._attach()
+        if scheduler is not None:
+            self.watch_scheduler(scheduler)
 
     def _attach(self) -> None:
         self._had_registry = has_registry(self.transformer)
         self._root_arguments = BoundArguments(self.transformer.forward)
         self._replacements.append(Replacement(self.transformer, "forward", self._wrap_root))
+        self._replacements += refusing_calls(self.transformer)
         if hasattr(self.transformer, "cache_context"):
             wrap = named_contexts(self._note_context)
             self._replacements.append(Replacement(self.transformer, "cache_context", wrap))
+        within = self.execution.attach()
         for index, block in enumerate(self.blocks):
-            self._replacements.append(Replacement(block, "forward", self._block_wrapper(index)))
-        self._replacements += self.execution.attach()
+            self._replacements.append(CompilableBlock(block, self._block_wrapper(index), bool(within)))
+        self._replacements += within
+
+    def _detach(self) -> None:
+        self._flush()
+        self._leave_scheduler()
+        while self._replacements:
+            self._replacements.pop().undo()
+        self._branches.clear()
+        self.tracker.reset()
+        if not self._had_registry:
+            drop_empty_registry(self.transformer)
+
+    def _leave_scheduler(self) -> None:
+        while self._scheduler_marks:
+            self._scheduler_marks.pop().undo()
+        self._scheduler = None
 
     def _note_context(self, name: str | None) -> None:
         self._context = name
@@ -183,7 +279,9 @@ class CacheEngine:
         def forward(*args: Any, **kwargs: Any) -> Any:
             return self._run_transformer(original, args, kwargs)
 
-        return forward
+        root = uncompilable(forward)
+        root.cache_engine = self  # type: ignore[attr-defined]
+        return root
 
     def _block_wrapper(self, index: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -200,6 +298,8 @@ class CacheEngine:
     # -- one call of the transformer ----------------------------------------------------------------------------------
 
     def _run_transformer(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._follower is not None:
+            self._follower.follow_scheduler()
         if any(self._root_arguments.read(name, args, kwargs) for name in self.declaration.skips_blocks):
             return original(*args, **kwargs)
         sample = self._root_arguments.read("hidden_states", args, kwargs)

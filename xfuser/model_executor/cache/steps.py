@@ -48,16 +48,19 @@ class _Step:
 class StepTracker:
     """Tells steps, branches and generations apart.
 
-    With a scheduler (`watch_scheduler`) the scheduler's own calls mark generations and steps. Without one they are
-    inferred from the timesteps: a move in the family's direction is a new step, a move against it a new generation,
-    and the same timestep again is another branch, a repeated step of a higher-order scheduler, or, after a generation
-    of one step, a new generation; which of them follows from how many branches the first step had.
+    With a scheduler (`watch_scheduler`) the scheduler's own calls mark generations and steps. Where the transformer is
+    called on past its last step, or at other timesteps without a step of it, another scheduler is at work (a second
+    pipeline with the same transformer): until its own next ``set_timesteps`` it is as if there were none. Without one
+    they are inferred from the timesteps: a move in the family's direction is a new step, a move against it a new
+    generation, and the same timestep again is another branch, a repeated step of a higher-order scheduler, or, after a
+    generation of one step, a new generation; which of them follows from how many branches the first step had.
     """
 
     def __init__(self, num_steps: int | None, direction: int) -> None:
         self._told_steps = num_steps
         self._direction = direction
         self._scheduler: Any = None
+        self._stands_still = False
         self._warned = False
         self.reset()
 
@@ -74,12 +77,28 @@ class StepTracker:
 
     def watch_scheduler(self, scheduler: Any) -> None:
         self._scheduler = scheduler
+        self._stands_still = False
 
     def generation_starts(self) -> None:
         self.reset()
+        self._stands_still = False
 
     def step_ends(self) -> None:
         self._step_closed = True
+
+    @property
+    def _is_told(self) -> bool:
+        """Whether the scheduler marks generations and steps."""
+        return self._scheduler is not None and not self._stands_still
+
+    def _is_passed_by(self, value: float | None) -> bool:
+        """Whether another scheduler than the one watched has led to a call at this timestep."""
+        if not self._is_told or self._fresh or self._index < 0:
+            return False
+        if not self._step_closed:
+            return value != self._step.timestep
+        last = self._num_steps()
+        return last is not None and self._index >= last - 1
 
     # -- each call of the transformer ---------------------------------------------------------------------------------
 
@@ -90,8 +109,16 @@ class StepTracker:
         stays the same for all steps of a branch.
         """
         value = _scalar(timestep)
-        starts = self._fresh or (
-            self._scheduler is None and self._is_new_generation(value, sample, context, conditioning)
+        passed_by = self._is_passed_by(value)
+        if passed_by:
+            self._stands_still = True
+            logger.warning(
+                "the transformer is called without the scheduler that its cache follows; steps are told by timesteps"
+            )
+        starts = (
+            self._fresh
+            or passed_by
+            or (not self._is_told and self._is_new_generation(value, sample, context, conditioning))
         )
         if starts:
             self.reset()
@@ -114,7 +141,7 @@ class StepTracker:
         return context if context is not None else sum(not isinstance(seen, str) for seen in self._step.names)
 
     def _num_steps(self) -> int | None:
-        if self._scheduler is None:
+        if not self._is_told:
             return self._told_steps
         timesteps = getattr(self._scheduler, "timesteps", None)
         if timesteps is None:
@@ -122,7 +149,7 @@ class StepTracker:
         return max(1, len(timesteps) - (getattr(self._scheduler, "begin_index", None) or 0))
 
     def _is_new_step(self, value: float | None, sample: torch.Tensor, context: str | None) -> bool:
-        if self._scheduler is not None:
+        if self._is_told:
             return self._step_closed
         if value != self._step.timestep:
             return True

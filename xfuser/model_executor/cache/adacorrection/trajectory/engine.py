@@ -20,14 +20,12 @@ from xfuser.model_executor.cache.adacorrection.trajectory.fingerprint import (
     difference,
     fingerprint,
 )
-from xfuser.model_executor.cache.adacorrection.trajectory.following import check_pipeline, denoiser_names
+from xfuser.model_executor.cache.adacorrection.trajectory.following import Attachment, check_pipeline, denoiser_names
 from xfuser.model_executor.cache.adacorrection.trajectory.generation import Generation, prev_sample_of
 from xfuser.model_executor.cache.adacorrection.trajectory.goals import Goal
 from xfuser.model_executor.cache.adacorrection.trajectory.learning import Learner, NotLearnable
 from xfuser.model_executor.cache.adacorrection.trajectory.replaying import Finer, PipelineCall, RandomState
 from xfuser.model_executor.cache.adacorrection.trajectory.settings import AUTO, FIRST, TrajectoryConfig
-from xfuser.model_executor.cache.adacorrection.trajectory.wrapping import CallWrapper
-from xfuser.model_executor.cache.attach import Replacement
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +41,7 @@ class TrajectoryEngine:
         agreement: Of the ranks that share an image; by default there is one process.
         stores: Whether this process writes calibrations.
         apart: Whether one branch of guidance may be evaluated without the other.
+        above_blocks: Whether an engine at the block level may follow the same scheduler.
     """
 
     def __init__(
@@ -52,6 +51,7 @@ class TrajectoryEngine:
         agreement: Agreement | None = None,
         stores: bool = True,
         apart: bool = True,
+        above_blocks: bool = False,
     ) -> None:
         self.pipeline, self.config = pipeline, config
         self.store = Store(config.store)
@@ -67,16 +67,16 @@ class TrajectoryEngine:
         self._given = None if learns else Calibration.load(Path(config.calibration))
         self._known: dict[str, Calibration] = {}
         self._learner = Learner(self)
-        self._calls: list[CallWrapper] = []
-        self._scheduler: Any = None
-        self._scheduler_replacements: list[Replacement] = []
         self._inside = False
         self._summary: dict[str, Any] = {}
         self._said: set[str] = set()
-        self._refused: ValueError | None = None
+        self._key = ""
+        self._refused: dict[str, ValueError] = {}
         self._weights: dict[str, dict[str, Any]] = {}
         self.generations = self.learned_generations = 0
-        self._attach()
+        self.attachment = Attachment(
+            pipeline, self._run_pipeline, self._run_denoiser, self._wrap_set_timesteps, self._wrap_step, above_blocks
+        )
 
     # -- the public calls ---------------------------------------------------------------------------------------------
 
@@ -100,9 +100,7 @@ class TrajectoryEngine:
 
     def remove(self) -> None:
         """Take the engine off again: every attribute and class is what it was before."""
-        while self._calls:
-            self._calls.pop().undo()
-        self._leave_scheduler()
+        self.attachment.undo()
         if self.generation is not None:
             self.generation.forget()
 
@@ -124,40 +122,7 @@ class TrajectoryEngine:
         """
         return self._learner.learn_from(calls, evaluations, progress)
 
-    # -- attaching ----------------------------------------------------------------------------------------------------
-
-    def _attach(self) -> None:
-        names = denoiser_names(self.pipeline)
-        self._calls.append(CallWrapper(self.pipeline, self._run_pipeline))
-        for name in names:
-            self._calls.append(CallWrapper(getattr(self.pipeline, name), self._run_denoiser))
-        self._follow_scheduler()
-
-    def _follow(self) -> None:
-        """Attach to what the pipeline has now: its scheduler or a denoiser may have been assigned anew."""
-        if self.pipeline.scheduler is not self._scheduler:
-            self._follow_scheduler()
-        present = {id(getattr(self.pipeline, name)): getattr(self.pipeline, name) for name in self.denoisers()}
-        attached = {id(wrapper.owner) for wrapper in self._calls[1:]}
-        if attached != set(present):
-            for wrapper in self._calls[1:]:
-                wrapper.undo()
-            del self._calls[1:]
-            self._calls += [CallWrapper(module, self._run_denoiser) for module in present.values()]
-            self.half_batch = HalfBatch()
-
-    def _follow_scheduler(self) -> None:
-        self._leave_scheduler()
-        self._scheduler = scheduler = self.pipeline.scheduler
-        self._scheduler_replacements = [
-            Replacement(scheduler, "set_timesteps", self._wrap_set_timesteps),
-            Replacement(scheduler, "step", self._wrap_step),
-        ]
-
-    def _leave_scheduler(self) -> None:
-        while self._scheduler_replacements:
-            self._scheduler_replacements.pop().undo()
-        self._scheduler = None
+    # -- what is followed ---------------------------------------------------------------------------------------------
 
     def denoisers(self) -> list[str]:
         """Name the pipeline's denoisers."""
@@ -168,9 +133,8 @@ class TrajectoryEngine:
     def _run_pipeline(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._inside:
             return original(*args, **kwargs)
-        if self._refused is not None:
-            raise self._refused
-        self._follow()
+        if self.attachment.follow():
+            self.half_batch = HalfBatch()
         self._weights = {name: describe_denoiser(getattr(self.pipeline, name)) for name in self.denoisers()}
         random = RandomState.of(self.pipeline, args, kwargs)
         self._inside = True
@@ -233,8 +197,8 @@ class TrajectoryEngine:
         return fingerprint(self._weights, scheduler, generation.layout, self.config.calibration_reference)
 
     def refuse(self, error: ValueError) -> None:
-        """Say that the goal cannot be reached, and refuse the calls that follow."""
-        self._refused = error
+        """Say that the goal cannot be reached, and refuse the calls of this kind that follow."""
+        self._refused[self._key] = error
         self._say(str(error))
 
     def _decide(self, generation: Generation) -> None:
@@ -242,6 +206,9 @@ class TrajectoryEngine:
         if self._learner.takes(generation):
             return
         key, document = self.key_of(generation)
+        if key in self._refused:
+            raise self._refused[key]
+        self._key = key
         found = self.agreement.shared(lambda: self._find(key, document), _digest_of)
         self.calibration = found
         wanted = self.config.calibration_images
@@ -378,7 +345,7 @@ def attach_trajectory(
         raise TypeError(f"unknown setting {', '.join(unknown)} for the trajectory; known are {', '.join(known)}")
     config = TrajectoryConfig(**settings)
     check_pipeline(pipeline, above_blocks)
-    return TrajectoryEngine(pipeline, config, agreement, stores, apart)
+    return TrajectoryEngine(pipeline, config, agreement, stores, apart, above_blocks)
 
 
 def _digest_of(calibration: Calibration | None) -> str | None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+Handler = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
 
 class CallWrapper:
     """Routes an object's calls through ``handle(original, args, kwargs)``.
@@ -18,9 +20,7 @@ class CallWrapper:
         handle: Called in place of it; ``original`` is the call itself.
     """
 
-    def __init__(
-        self, owner: Any, handle: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
-    ) -> None:
+    def __init__(self, owner: Any, handle: Handler) -> None:
         self.owner = owner
         self._class = type(owner)
         original = self._class.__call__
