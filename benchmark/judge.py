@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmark.measure import Run
+from benchmark.outcomes import Run
 from benchmark.rows import BLOCKS
 from xfuser.metrics import (
     FeatureNetwork,
@@ -19,7 +19,7 @@ from xfuser.metrics import (
     difference_interval,
     frechet_interval,
     gaussian,
-    kernel_distance,
+    kernel_interval,
     mean_interval,
     paired_frechet_difference,
     paired_frechet_ratio,
@@ -85,11 +85,12 @@ class Judge:
 
     def comparisons(self, runs: list[Run]) -> list[dict[str, Any]]:
         """Each corrected row against its base, its base with the same approximation, and fewer steps at its cost; each
-        base with another approximation against the base, and fitted weights against those of a polynomial.
+        base with another approximation against the base, and fitted weights against those of a polynomial. What never
+        hit is not compared.
         """
-        by_method = {run.row.method: run for run in runs}
+        by_method = {run.row.method: run for run in runs if run.inactive is None}
         pairs = []
-        for run in runs:
+        for run in by_method.values():
             base, stand_in = run.row.base, run.row.config.stand_in
             opponents: tuple[str | None, ...] = ()
             if run.row.config.mode is not None:
@@ -107,7 +108,7 @@ class Judge:
         if mine is not None and theirs is not None and self.reference is not None and len(mine) >= SMALLEST_SAMPLE:
             fid = frechet_interval(mine, self.reference.mean, self.reference.covariance)
             scores["fid"] = fid.to_dict()
-            scores["kid"] = {"value": kernel_distance(mine, self.reference.features), "low": None, "high": None}
+            scores["kid"] = kernel_interval(mine, self.reference.features).to_dict()
             if not is_uncached:
                 scores["fid_vs_uncached"] = frechet_interval(mine, *gaussian(theirs)).to_dict()
                 moved = paired_frechet_difference(mine, theirs, self.reference.mean, self.reference.covariance)
@@ -121,6 +122,7 @@ class Judge:
         return {
             "method": run.row.method,
             "base": run.row.base,
+            "inactive": run.inactive,
             "settings": _settings(run),
             **scores,
             **quality,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +20,8 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from torch import nn
 
+from xfuser.core.distributed.failing import one_line
+from xfuser.report.columns import told_from_noise
 from xfuser.report.style import COLOURS, DPI, png
 
 TEMPERED = 1e-10  # share of the mean power added to a least-squares fit, against rounding only
@@ -272,6 +276,20 @@ def plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
 
+def described(error: Exception) -> str:
+    """Tell an error's class and its first line: other projects' texts alone often say too little."""
+    name, line = type(error).__name__, one_line(error)
+    return line if line.startswith(name) else f"{name}: {line}"
+
+
+def finished_rows(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Read the rows of an earlier run with these settings; none where it had others."""
+    if not path.is_file():
+        return []
+    document = json.loads(path.read_text(encoding="utf-8"))
+    return document["results"] if document["settings"] == settings else []
+
+
 def table_of(rows: Sequence[dict[str, Any]]) -> Table:
     """Lay the rows out for the terminal; a row that does not run says so."""
     table = Table(title="PSNR, SSIM and FID to the uncached images, KID to real ones; fine: PSNR to the fine solution")
@@ -294,7 +312,7 @@ def table_of(rows: Sequence[dict[str, Any]]) -> Table:
             f"{row['psnr_fine_worst_tenth']:.2f}",
             f"{row['ssim']['value']:.4f}",
             "—" if fid is None else f"{fid['value']:.3f}",
-            "—" if fid is None else f"{row['kid_vs_real']:.4f}",
+            "—" if not told_from_noise(row["kid_vs_real"]) else f"{row['kid_vs_real']['value']:.4f}",
             "—" if held is None else f"{held / 1e6:.1f}",
         )
     return table

@@ -58,7 +58,7 @@ from xfuser.metrics import (  # noqa: E402
     difference_interval,
     frechet_interval,
     gaussian,
-    kernel_distance,
+    kernel_interval,
     mean_interval,
     psnr,
     read_reference,
@@ -281,7 +281,7 @@ def score(measured: Measured, base: Base) -> dict[str, Any]:
         "ssim": mean_interval(ssim(images, base.images)).to_dict(),
         "fid_vs_uncached": frechet_interval(features, *gaussian(base.features)).to_dict() if enough else None,
         # Not to the uncached images: the estimate needs two samples of different seeds, and is far below 0 for a pair.
-        "kid_vs_real": kernel_distance(features, base.real) if enough else None,
+        "kid_vs_real": kernel_interval(features, base.real).to_dict() if enough else None,
         "images": {"psnr": near.tolist(), "psnr_fine": fine.tolist()},
         "seconds": measured.seconds,
         "uncached_seconds": measured.uncached_seconds,

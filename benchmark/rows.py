@@ -38,6 +38,16 @@ class Row:
     kept: bool = True
     trajectory: Path | None = None
 
+    @property
+    def spends_as_base(self) -> bool:
+        """Whether its base method's spending on the same batch is its own."""
+        return self.matched or self.trajectory is not None
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether it cannot be measured without its base method."""
+        return self.spends_as_base or self.searched or self.fewer_steps
+
 
 def base_names() -> list[str]:
     return [name for name in POLICIES if name is not None]

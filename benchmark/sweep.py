@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmark.measure import Run
+from benchmark.outcomes import Run
 from benchmark.rows import Correction, Row, rows_of, uncached
 from xfuser.report.frontier import frontiers
 
@@ -25,13 +25,17 @@ class Sweep:
     curves: dict[str, list[str]]
 
     def to_dict(self, left_out: dict[str, str], results: list[dict[str, Any]]) -> dict[str, Any]:
-        """What the results file says of it: the points of every curve, the frontiers, and why others are left out."""
+        """What the results file says of it: the points of every curve, the frontiers, why others are left out,
+        and the curves of which none is left.
+        """
         saved = {row["method"]: row["flops_saved"] for row in results}
         curves = {name: [method for method in methods if method in saved] for name, methods in self.curves.items()}
         if UNCACHED in curves:
             curves[UNCACHED].sort(key=saved.__getitem__)
-        curves = {name: methods for name, methods in curves.items() if methods}
-        return {"curves": curves, "frontier": frontiers(results), "left_out": left_out}
+        drawn = {name: methods for name, methods in curves.items() if methods}
+        # A row that failed is told of as a failure.
+        empty = [name for name in curves.keys() - drawn.keys() if set(self.curves[name]) & left_out.keys()]
+        return {"curves": drawn, "frontier": frontiers(results), "left_out": left_out, "empty": sorted(empty)}
 
 
 def settings_of(base: str, settings: dict[str, Any], points: int) -> list[tuple[str, dict[str, Any]]]:
@@ -66,5 +70,5 @@ def build_sweep(
 
 
 def left_out(runs: list[Run]) -> dict[str, str]:
-    """Why rows are not reported, by their names."""
-    return {run.row.method: run.left_out for run in runs if run.left_out is not None}
+    """Why rows that did not fail are not reported, by their names."""
+    return {run.row.method: run.left_out for run in runs if run.left_out is not None and not run.failed}

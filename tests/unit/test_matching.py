@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from dataclasses import dataclass, replace
@@ -12,7 +13,8 @@ import pytest
 from benchmark import cache_execute
 from benchmark.judge import Judge
 from benchmark.matching import ALLOWED, SEARCH_LIMIT, BudgetDial, Dial, Found, Match, ToleranceDial, search
-from benchmark.measure import Run, Sampling, measure
+from benchmark.measure import Sampling, measure
+from benchmark.outcomes import Run
 from benchmark.rows import Correction, Row, rows_of, uncached
 from xfuser.model_executor.pipelines import LoadedPipeline, load_pipeline
 
@@ -142,16 +144,23 @@ def test_a_swept_rows_images_are_scored_and_not_kept(tiny: LoadedPipeline) -> No
     ids=["out of reach", "in between"],
 )
 def test_a_match_that_is_not_reached_fails_in_one_line(
-    options: str, words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: str,
+    words: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     common = f"--match_compute --num_images 1 --batch_size 1 --num_inference_steps 8 --output_dir {tmp_path}"
     monkeypatch.setattr(sys, "argv", ["cache_execute.py", *options.split(), *common.split()])
     with pytest.raises(SystemExit) as caught:
         cache_execute.main()
-    said = str(caught.value)
-    assert said.startswith("cache_execute: ") and "\n" not in said
+    assert caught.value.code == 1
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("failed: ")]
     assert all(word in said for word in words), said
-    assert not list(tmp_path.glob("*.json"))
+    document = json.loads((tmp_path / cache_execute.RESULTS).read_text())
+    (failed,) = document["failures"]
+    assert failed.endswith("+AdaCorrection")
+    assert f"None[steps of {failed.split('+')[0]}]" in [row["method"] for row in document["results"]]
 
 
 def test_matching_needs_something_corrected() -> None:

@@ -21,6 +21,7 @@ from xfuser.metrics import (
     frechet_interval,
     gaussian,
     kernel_distance,
+    kernel_interval,
     mean_interval,
     paired_frechet_difference,
     paired_frechet_ratio,
@@ -127,6 +128,24 @@ def test_kernel_distance_is_unbiased(rng: np.random.Generator) -> None:
     assert abs(np.mean(same)) < 3 * np.std(same) / math.sqrt(300)
     assert min(same) < 0 < max(same)
     assert kernel_distance(rng.normal(size=(40, 8)), rng.normal(size=(40, 8)) + 1) > 5 * np.std(same)
+
+
+def test_kernel_interval_is_what_leaving_each_image_out_scatters(rng: np.random.Generator) -> None:
+    a, b = rng.normal(size=(9, 3)), rng.normal(size=(20, 3)) + 1
+    without = [kernel_distance(np.delete(a, row, axis=0), b) for row in range(9)]
+    reach = 1.959964 * math.sqrt(8 / 9 * sum((each - np.mean(without)) ** 2 for each in without))
+    found = kernel_interval(a, b)
+    assert found.value == pytest.approx(kernel_distance(a, b), rel=1e-12)
+    assert (found.high - found.value, found.value - found.low) == pytest.approx((reach, reach), rel=1e-5)
+
+
+def test_kernel_interval_holds_zero_where_nothing_differs(rng: np.random.Generator) -> None:
+    reference = rng.normal(size=(2000, 8))
+    above = [kernel_interval(rng.normal(size=(40, 8)), reference).low > 0 for _ in range(200)]
+    assert np.mean(above) <= 0.05
+    assert kernel_interval(rng.normal(size=(40, 8)) + 1, reference).low > 0
+    with pytest.raises(ValueError, match="needs 3"):
+        kernel_interval(reference[:2], reference)
 
 
 # ---- similarity

@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 
 from benchmark import cache_execute, sensitivity
-from benchmark.measure import Run, Unreportable, check
+from benchmark.outcomes import Run, Unreportable, check
 from benchmark.rows import Row
 from benchmark.sweep import INTERVALS, RANGE, settings_of
 from xfuser.config import CacheConfig
@@ -226,12 +226,12 @@ def test_the_tables_of_gamma_and_lambda() -> None:
                 for parameter in sensitivity.PARAMETERS
             },
             "results": [{"method": name, **scores} for name in names],
-            "left_out": {"λ=2": "λ=2: it never hit"},
+            "failures": {"λ=2": "λ=2: it broke"},
         }
     )
     lines = text.splitlines()
     assert all(line in lines for line in SENSITIVITY)
-    assert "### Fast+AdaCorrection, mode gate: λ at γ = 1" in lines and lines[-1] == "λ=2: it never hit"
+    assert "### Fast+AdaCorrection, mode gate: λ at γ = 1" in lines and lines[-1] == "failed: λ=2: it broke"
     assert sensitivity.PUBLISHED_TITLE == "in the paper, other models"
 
 
@@ -250,7 +250,7 @@ def test_sensitivity_runs_every_value_once(tmp_path: Path) -> None:
     }
     assert told == {"γ=0.5": (0.5, 1), "γ=1, λ=1": (1, 1), "γ=2": (2, 1), "λ=0.5": (1, 0.5), "λ=2": (1, 2)}
     assert rows["γ=0.5"]["hit_rate"] > rows["γ=2"]["hit_rate"]
-    assert document["mode"] == "gate" and document["left_out"] == {}
+    assert document["mode"] == "gate" and document["failures"] == {}
     assert json.loads((tmp_path / sensitivity.RESULTS).read_text()) == document
     assert (tmp_path / sensitivity.MARKDOWN).read_text() == sensitivity.markdown(document)
     console = Console(width=160, file=io.StringIO(), color_system=None)

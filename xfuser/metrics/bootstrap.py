@@ -1,5 +1,8 @@
 """Bootstrap percentile intervals (Efron 1979): over images, and paired where two sets share their seeds.
 
+The kernel distance is the exception: its pairs of one image with itself, which a resample makes, are no pairs of two
+images, so that its interval comes from leaving out each image in turn.
+
 The Fréchet distance needs one correction. A resample repeats images, so its distance is too large, and near zero a
 plain percentile interval lies wholly above the value measured. The replicates of a distance or of a ratio of distances
 are therefore scaled so that their median is that value; the interval is then of the distance at N images.
@@ -10,11 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from xfuser.metrics.distribution import Moments, as_features, gaussian
+from xfuser.metrics.distribution import Moments, as_features, gaussian, kernel_distances_without_each
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,22 @@ def frechet_interval(
         return _moments(features, indices).distance(reference)
 
     return _interval(distance, len(features), seed, rounds, level, scaled=True)
+
+
+def kernel_interval(features: ArrayLike, reference: ArrayLike, level: float = 0.95) -> Interval:
+    """Interval of the kernel distance (KID) from features [N, D] to fixed reference features [M, D].
+
+    The jackknife's (Efron and Stein 1981), normal and symmetric; where the distance is 0 it is too wide rather than too
+    narrow. An interval that holds 0 says that chance alone explains the value. Raises ValueError as
+    :func:`~xfuser.metrics.distribution.kernel_distances_without_each` does, and for ``level`` outside (0, 1).
+    """
+    if not 0.0 < level < 1.0:
+        raise ValueError(f"level is {level}; expected within (0, 1)")
+    value, without = kernel_distances_without_each(features, reference)
+    count = len(without)
+    error = math.sqrt((count - 1) / count * float(np.square(without - without.mean()).sum()))
+    reach = NormalDist().inv_cdf((1 + level) / 2) * error
+    return Interval(value, value - reach, value + reach)
 
 
 def paired_frechet_ratio(

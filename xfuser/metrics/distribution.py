@@ -80,6 +80,28 @@ def kernel_distance(features_a: ArrayLike, features_b: ArrayLike) -> float:
     return float(_mean_off_diagonal(features_a) + _mean_off_diagonal(features_b) - 2.0 * cross)
 
 
+def kernel_distances_without_each(features: ArrayLike, reference: ArrayLike) -> tuple[float, np.ndarray]:
+    """The kernel distance of features [N, D] to reference features [M, D], and [N] those without each row in turn.
+
+    What the N left-out distances scatter by tells how far chance moves the estimate (the jackknife). Raises ValueError
+    as :func:`kernel_distance` does, and where N is below 3.
+    """
+    features, reference = as_features(features), as_features(reference)
+    count = len(features)
+    if features.shape[1] != reference.shape[1]:
+        raise ValueError(f"features have {features.shape[1]} and {reference.shape[1]} columns; expected equal")
+    if count < 3:
+        raise ValueError(f"features have {count} rows; leaving each out needs 3")
+    kernel = _polynomial_kernel(features, features)
+    np.fill_diagonal(kernel, 0.0)
+    rows, total = kernel.sum(axis=1), kernel.sum()
+    cross = _polynomial_kernel(features, reference).mean(axis=1)
+    theirs = _mean_off_diagonal(reference)
+    whole = total / (count * (count - 1)) + theirs - 2.0 * cross.mean()
+    without = (total - 2.0 * rows) / ((count - 1) * (count - 2)) + theirs - 2.0 * (cross.sum() - cross) / (count - 1)
+    return float(whole), without
+
+
 def as_features(features: ArrayLike) -> np.ndarray:
     """Features as a float64 array [N, D]; ValueError unless N is at least 2 and every number is finite."""
     features = np.asarray(features, dtype=np.float64)

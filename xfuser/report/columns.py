@@ -34,6 +34,7 @@ class Column:
         scale: Factor from the stored number to the shown one (100 for a fraction shown as a percentage).
         digits: Decimal places.
         suffix: Text directly after the number.
+        positive: Whether the field is no less than 0, but for chance: then it is shown where its interval leaves 0 out.
     """
 
     key: str
@@ -42,6 +43,7 @@ class Column:
     scale: float = 1.0
     digits: int = 2
     suffix: str = ""
+    positive: bool = False
 
     def cell(self, row: Mapping[str, Any]) -> Cell:
         """Format this column's entry of one result or comparison row.
@@ -50,12 +52,14 @@ class Column:
             row: A row of the document. The field may be a number, ``{"value", "low", "high"}`` or None.
 
         Returns:
-            The formatted cell; a dash when the field is missing, None or not a number.
+            The formatted cell; a dash when the field is missing, None, not a number, or not to be told from noise.
 
         Raises:
             TypeError: The field holds neither a number nor a mapping.
         """
         entry = row.get(self.key)
+        if self.positive and not told_from_noise(entry):
+            return Cell(DASH)
         if not isinstance(entry, Mapping):
             return Cell(self.number(entry))
         low, high = entry.get("low"), entry.get("high")
@@ -79,6 +83,12 @@ class Column:
 def is_finite(value: float | None) -> bool:
     """Whether ``value`` is a number that can be drawn or shown (neither None, NaN nor infinite)."""
     return value is not None and math.isfinite(value)
+
+
+def told_from_noise(entry: object) -> bool:
+    """Whether a measured ``{"value", "low", "high"}`` that cannot truly be negative has an interval above 0."""
+    low = entry.get("low") if isinstance(entry, Mapping) else None
+    return is_finite(low) and low > 0
 
 
 RESULT_COLUMNS: tuple[Column, ...] = (
@@ -125,9 +135,10 @@ RESULT_COLUMNS: tuple[Column, ...] = (
     Column(
         "kid",
         "KID ×10³",
-        "Another distance to real images, less biased for small samples, times one thousand. Lower is better; small "
-        "negative numbers are noise around zero.",
+        "Another distance to real images, without the bias that FID has on few of them, times one thousand. Lower is "
+        "better. A dash: too few images to tell it from zero.",
         scale=1000,
+        positive=True,
     ),
     Column(
         "class_accuracy",
