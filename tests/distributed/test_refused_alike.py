@@ -16,7 +16,9 @@ import torch.distributed as dist
 from pool import SMALL, Job, Pool, alone, generate, loaded, mesh_of
 
 from xfuser.config import ParallelConfig
+from xfuser.core.distributed import parallel_state
 from xfuser.core.distributed.agreement import Agreement
+from xfuser.core.distributed.parallel_state import init_distributed_environment
 from xfuser.model_executor.parallel import ParallelPipeline, parallelize
 from xfuser.model_executor.pipelines.loading import shipped_tiny_dit
 
@@ -174,6 +176,20 @@ def test_a_file_that_one_rank_lacks_leaves_all_as_they_were(two: Pool, level: st
         assert traces == [] and parameters == whole
 
 
+def on_another_device_on_one() -> str:
+    given = loaded(SMALL).pipeline
+    pipeline = type(given)(**copy.deepcopy(given.components))
+    if dist.get_rank() == 1:
+        pipeline.to("meta")
+    return said(lambda: parallelize(pipeline, mesh_of(ParallelConfig(**ULYSSES))))
+
+
+def test_a_rank_that_was_not_moved_to_its_device_stops_all(two: Pool) -> None:
+    first, second = two.call(on_another_device_on_one)
+    assert first.startswith("ValueError: refused, since rank 1 refuses: the pipeline is on meta")
+    assert second.startswith("ValueError: the pipeline is on meta")
+
+
 def recording_of(parallel: dict[str, Any]) -> str:
     of = loaded(SMALL).pipeline
     whole, of.transformer = of.transformer, copy.deepcopy(of.transformer)  # a stage gives other weights away
@@ -201,6 +217,24 @@ def test_recording_a_part_of_an_image_is_refused(two: Pool, name: str) -> None:
             assert message == "nothing"
         else:
             assert message.startswith("ValueError: record() sees this rank's part") and "\n" not in message
+
+
+def placed_by_a_wrong_rank() -> tuple[str, str]:
+    """Every process says that it is rank 0, as scripts for one host do with the local rank; then it says nothing."""
+    parallel_state._process.device = None
+    try:
+        return said(lambda: init_distributed_environment(rank=0)), said(init_distributed_environment)
+    finally:
+        parallel_state._process.device = None
+
+
+def test_a_rank_that_is_told_another_number_stops_all(two: Pool) -> None:
+    first, second = two.call(placed_by_a_wrong_rank)
+    assert first[0].startswith(
+        "ValueError: refused, since rank 1 refuses: rank=0: this process was started with rank 1"
+    )
+    assert second[0].startswith("ValueError: rank=0: this process was started with rank 1")
+    assert first[1] == second[1] == "nothing"
 
 
 # -- the trajectory ---------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from xfuser.config.parallel import ParallelConfig
+from xfuser.core.distributed.agreement import Agreement
 from xfuser.core.distributed.environment import (
     Meeting,
     check_backend,
@@ -62,7 +63,8 @@ def init_distributed_environment(
     """
     device = choose_device() if _process.device is None else _process.device
     check_backend(backend, device)
-    if _process.device is None:
+    joins = _process.device is None
+    if joins:
         by_hand = not launched() and world_size > 1 and rank >= 0
         place = local_rank if local_rank >= 0 else rank if by_hand else local_rank_of_launcher()
         device = numbered(device, place)
@@ -70,9 +72,14 @@ def init_distributed_environment(
         _process.device, _process.local_rank = device, place
     group = get_world_group()
     true = {"world_size": group.world_size, "rank": group.rank, "local_rank": group.local_rank}
-    for name, given in (("world_size", world_size), ("rank", rank), ("local_rank", local_rank)):
-        if given not in (-1, true[name]):
-            raise ValueError(f"{name}={given}: this process was started with {name} {true[name]}; leave {name} out")
+
+    def check() -> None:
+        for name, given in (("world_size", world_size), ("rank", rank), ("local_rank", local_rank)):
+            if given not in (-1, true[name]):
+                raise ValueError(f"{name}={given}: this process was started with {name} {true[name]}; leave {name} out")
+
+    # Where processes meet, what one of them has wrong is everybody's; later calls are its own.
+    Agreement(dist.group.WORLD if joins and dist.is_initialized() else None).attempt(check)
 
 
 def initialize_model_parallel(

@@ -26,7 +26,7 @@ from xfuser.model_executor.cache.attach import Replacement
 from xfuser.model_executor.cache.engine import CacheEngine
 from xfuser.model_executor.parallel.autoencoder import ParallelDecoder, check_decoder
 from xfuser.model_executor.parallel.compiled import compile_blocks
-from xfuser.model_executor.parallel.guidance import BatchedBranches, BranchCalls
+from xfuser.model_executor.parallel.guidance import BatchedBranches, BranchCalls, SchedulerMarks
 from xfuser.model_executor.parallel.sequence import SequenceShards
 from xfuser.model_executor.pipefusion import Placement, Stage, drop_other_blocks
 
@@ -56,7 +56,7 @@ class ParallelPipeline:
         self.agreement = Agreement(mesh.control if mesh.shares_image else None)
         self.trajectory: TrajectoryEngine | None = None
         self._inner: list[Replacement] = []
-        self._layers: list[Replacement | ParallelDecoder] = []
+        self._layers: list[Replacement | SchedulerMarks | ParallelDecoder] = []
         self._timed = bool(timed) or mesh.device.type == "cpu"
         self.transformer_seconds = 0.0
         try:
@@ -73,6 +73,11 @@ class ParallelPipeline:
     ) -> ModelDeclaration:
         """Check everything, then put on everything that `remove` takes off again."""
         pipeline, mesh = self.pipeline, self.mesh
+        device = getattr(pipeline, "_execution_device", pipeline.device)  # an offloaded pipeline rests on another
+        if device.type != mesh.device.type:
+            raise ValueError(
+                f"the pipeline is on {device}, this process computes on {mesh.device}; call .to(device) first"
+            )
         transformer = pipeline.transformer
         declaration = declaration_of(transformer)
         blocks = declaration.blocks(transformer)
@@ -94,7 +99,7 @@ class ParallelPipeline:
             transformer, declaration, config, self.exchange, calibration, self.placement, attention
         )
         self._attach_blocks(declaration, blocks, attention)
-        self.engine.watch_scheduler(pipeline.scheduler)
+        self.engine.follow_pipeline(pipeline)
         self._attach_root(transformer, declaration)
         if mesh.config.use_parallel_vae:
             self._layers.append(ParallelDecoder(pipeline.vae, mesh.image))
@@ -200,7 +205,7 @@ class ParallelPipeline:
         if self.mesh.config.use_cfg_parallel:
             kind = BatchedBranches if declaration.guidance == "batch" else BranchCalls
             branches = kind(self.mesh.group("cfg"), self.mesh.rank("cfg"), self.clock)
-            self._layers += branches.attach(transformer, self.pipeline.scheduler)
+            self._layers += branches.attach(self.pipeline)
         if not self.placement.stage.is_alone:
             self._layers.append(Replacement(transformer, "forward", self._take_time))
 
@@ -248,7 +253,8 @@ def parallelize(
 
     Raises:
         TypeError: Unknown setting, or a pipeline that is not supported.
-        ValueError: Degrees that do not fit the model, or settings that do not go together. Nothing has been changed.
+        ValueError: Degrees that do not fit the model, settings that do not go together, or a pipeline on another
+            device; on all ranks that share an image, also where one of them alone refuses. Nothing has been changed.
     """
     above = on_trajectory(use_cache, settings)
     trajectory = {name: value for name, value in settings.items() if name != "enable_adacorrection"} if above else None

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from xfuser.core.distributed.clock import Clock
 from xfuser.core.shards import narrow_batch, part
@@ -26,9 +25,9 @@ class BatchedBranches:
     def __init__(self, group: dist.ProcessGroup | None, index: int, clock: Clock) -> None:
         self._group, self._index, self._clock = group, index, clock
 
-    def attach(self, transformer: nn.Module, scheduler: Any) -> list[Replacement]:
+    def attach(self, pipeline: Any) -> list[Replacement]:
         """Wrap the transformer; every call is complete in itself."""
-        return [Replacement(transformer, "forward", self._wrap)]
+        return [Replacement(pipeline.transformer, "forward", self._wrap)]
 
     def _wrap(self, original: Callable[..., Any]) -> Callable[..., Any]:
         arguments = BoundArguments(original)
@@ -49,6 +48,35 @@ class BatchedBranches:
             return with_sample(output, torch.cat(halves))
 
         return forward
+
+
+class SchedulerMarks:
+    """Tells where generations start and steps end, by the calls of the scheduler that a pipeline has now.
+
+    Args:
+        pipeline: The pipeline.
+        starts: Called before ``set_timesteps``.
+        steps: Called before ``step``.
+    """
+
+    def __init__(self, pipeline: Any, starts: Callable[[], None], steps: Callable[[], None]) -> None:
+        self._pipeline, self._told = pipeline, (starts, steps)
+        self._scheduler: Any = None
+        self._replacements: list[Replacement] = []
+        self.follow()
+
+    def follow(self) -> None:
+        """Move to the pipeline's present scheduler, which may have been assigned to it at any time."""
+        if self._pipeline.scheduler is not self._scheduler:
+            self.undo()
+            self._scheduler = self._pipeline.scheduler
+            self._replacements = scheduler_calls(self._scheduler, *self._told)
+
+    def undo(self) -> None:
+        """Leave the scheduler."""
+        while self._replacements:
+            self._replacements.pop().undo()
+        self._scheduler = None
 
 
 @dataclass
@@ -74,13 +102,15 @@ class BranchCalls:
         self._context: str | None = None
         self._enter: Callable[[str], Any] | None = None
 
-    def attach(self, transformer: nn.Module, scheduler: Any) -> list[Replacement]:
+    def attach(self, pipeline: Any) -> list[Replacement | SchedulerMarks]:
         """Wrap the transformer, and have the scheduler tell where steps and generations end."""
-        layers = [Replacement(transformer, "forward", self._wrap)]
+        transformer = pipeline.transformer
+        self._marks = SchedulerMarks(pipeline, self._calls.clear, self._check_step)
+        layers: list[Replacement | SchedulerMarks] = [self._marks, Replacement(transformer, "forward", self._wrap)]
         if hasattr(transformer, "cache_context"):
             self._enter = transformer.cache_context
             layers.append(Replacement(transformer, "cache_context", named_contexts(self._note)))
-        return layers + scheduler_calls(scheduler, self._calls.clear, self._check_step)
+        return layers
 
     def _note(self, context: str | None) -> None:
         self._context = context
@@ -92,8 +122,7 @@ class BranchCalls:
             named = arguments.named(args, kwargs)
             if named.get("return_dict", True):
                 raise ValueError("--use_cfg_parallel: call the transformer with return_dict=False")
-            if self._calls and not _same(self._calls[-1].arguments.get("timestep"), named.get("timestep")):
-                self._check_step()
+            self._marks.follow()
             sample = torch.empty_like(named["hidden_states"])
             self._calls.append(_Call(_kept(named), self._context, sample))
             if len(self._calls) == BRANCHES:
@@ -135,10 +164,3 @@ def _kept(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _kept(each) for name, each in value.items()}
     return [_kept(each) for each in value] if type(value) is list else value
-
-
-def _same(first: Any, second: Any) -> bool:
-    """Whether two timesteps are the same: the scheduler that was attached to may have been replaced."""
-    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
-        return first is second or torch.equal(first, second)
-    return first == second

@@ -119,11 +119,6 @@ class xFuserPipeline:  # noqa: N801 (xDiT's way of naming)
                     f"this process is placed among {mesh.config.shape} (data, cfg, pipefusion, ring, ulysses), the "
                     f"engine_config asks for {config.shape}, or for other settings; use the last create_config()'s"
                 )
-            if self.pipeline.device.type != mesh.device.type:
-                raise ValueError(
-                    f"the pipeline is on {self.pipeline.device}, this process computes on {mesh.device}; call "
-                    ".to(device) first"
-                )
             compiled = self.engine_config.runtime_config.use_torch_compile
             self._parallel = parallelize(self.pipeline, mesh, use_torch_compile=compiled, **self._settings)
         return self._parallel

@@ -12,5 +12,4 @@ __getattr__ = looked_up(
         "TrajectoryEngine": f"{_ROOM}.engine",
         "attach_trajectory": f"{_ROOM}.engine",
     },
-    {},
 )
