@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 
 from xfuser.config.arguments import cache_method
 from xfuser.config.cache import FIRST
 from xfuser.config.parallel import ParallelConfig
+from xfuser.core.spelling import did_you_mean
+from xfuser.model_executor.pipelines.choosing import read_index
 from xfuser.model_executor.pipelines.model_types import MODEL_TYPES
+
+ALL_CLASSES = 10  # the most that are drawn where none is named
 
 _PROMPT_ONLY = ("negative_prompt", "height", "width", "max_sequence_length")
 
@@ -24,6 +29,48 @@ def check_conditions(args: argparse.Namespace) -> None:
     for name in _PROMPT_ONLY if labelled else ():
         if getattr(args, name, None) is not None:
             raise ValueError(f"--{name} does not go with --model_type {args.model_type}; leave it out")
+    if labelled and args.class_label is not None:
+        check_classes(args)
+
+
+def check_classes(args: argparse.Namespace) -> None:
+    """Refuse class names that the model's index does not know (ValueError)."""
+    labels = labels_of(args)
+    if labels:
+        class_numbers(args.class_label, labels, len(set(labels.values())), args.model or args.model_type)
+
+
+def labels_of(args: argparse.Namespace) -> dict[str, int]:
+    """Read the classes of a model of labels from its index, by name; none where it does not tell."""
+    spec = MODEL_TYPES[args.model_type]
+    source = args.model or (str(spec.default()) if callable(spec.default) else spec.default)
+    names = (read_index(source).get("id2label") or {}).items() if source else ()
+    return {name.strip(): int(number) for number, text in names for name in text.split(",")}
+
+
+def class_numbers(names: list[str] | None, labels: Mapping[str, int], count: int, model: str) -> list[int]:
+    """Take class numbers from numbers or names.
+
+    Args:
+        names: As the command line has them; ``None`` takes all classes, at most `ALL_CLASSES`.
+        labels: Numbers by name.
+        count: How many classes there are.
+        model: Its name, for the error.
+
+    Raises:
+        ValueError: One is no class of the model.
+    """
+    if names is None:
+        return list(range(min(ALL_CLASSES, count)))
+    numbers = []
+    for name in names:
+        number = int(name) if name.isdigit() else labels.get(name)
+        if number is None or number >= count:
+            known = ", ".join(f"{value} {key}" for key, value in sorted(labels.items(), key=lambda item: item[1])[:20])
+            meant = did_you_mean(name, labels) or ";"
+            raise ValueError(f"--class_label {name!r} is not a class of {model}{meant} known are {known}")
+        numbers.append(number)
+    return numbers
 
 
 def check_generation(args: argparse.Namespace, parallel: ParallelConfig) -> None:

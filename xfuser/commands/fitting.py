@@ -67,7 +67,7 @@ def _check_model(args: argparse.Namespace, named: str, made_with: dict[str, Any]
     for part, ours in _classes(args).items():
         if theirs[part] is not None and theirs[part] != ours:
             raise ValueError(
-                f"{named} was made with a {theirs[part]}, and this model has a {ours}; make one for it with `xdit "
+                f"{named} was made with {theirs[part]}, and this model has {ours}; make one for it with `xdit "
                 "calibrate`"
             )
 

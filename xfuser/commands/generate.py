@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from xfuser.commands.checks import check_cache, check_conditions, check_generation
+from xfuser.commands.checks import ALL_CLASSES, check_cache, check_conditions, check_generation, labels_of
 from xfuser.commands.fitting import check_calibration_fits
-from xfuser.commands.loaded import ALL_CLASSES, load_and_request
+from xfuser.commands.loaded import load_and_request
 from xfuser.commands.stopping import stop
 from xfuser.config import CacheConfig
 from xfuser.config.arguments import GOALS, cache_settings, parallel_config, trajectory_settings
@@ -19,7 +19,7 @@ from xfuser.core.distributed.failing import begin_together, decided_by_first, fi
 from xfuser.core.distributed.mesh import ParallelMesh
 from xfuser.model_executor.cache.adacorrection.trajectory import TrajectoryConfig
 from xfuser.model_executor.parallel import check_combination, parallelize
-from xfuser.model_executor.pipelines.choosing import read_index, resolve_model
+from xfuser.model_executor.pipelines.choosing import resolve_model
 from xfuser.model_executor.pipelines.generate import batches_of, generate_images
 from xfuser.model_executor.pipelines.model_types import MODEL_TYPES
 from xfuser.model_executor.pipelines.outline import outline
@@ -122,10 +122,8 @@ def outputs_of(args: argparse.Namespace) -> Outputs:
 
 
 def classes_shown(args: argparse.Namespace) -> int:
-    """How many classes a model of labels draws where none is named (`class_numbers`), as its index tells."""
-    spec = MODEL_TYPES[args.model_type]
-    source = args.model or (str(spec.default()) if callable(spec.default) else spec.default)
-    return min(ALL_CLASSES, len(read_index(source).get("id2label") or range(ALL_CLASSES)))
+    """How many classes a model of labels draws where none is named, as its index tells."""
+    return min(ALL_CLASSES, len(set(labels_of(args).values())) or ALL_CLASSES)
 
 
 def said_of(

@@ -6,7 +6,6 @@ from dataclasses import dataclass, fields
 from math import prod
 
 from xfuser.config.cache import plain_number
-
 from xfuser.config.degrees import DataDegrees, SequenceDegrees, StageDegrees, TensorDegrees
 
 DIMENSIONS = ("data", "cfg", "pipefusion", "ring", "ulysses")

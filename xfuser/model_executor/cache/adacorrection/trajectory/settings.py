@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from os import PathLike
 from typing import Any
+
+from xfuser.config.cache import plain_number
 
 AUTO, FIRST = "auto", "first"
 
@@ -45,6 +47,8 @@ class TrajectoryConfig:
     branches_apart: bool = True
 
     def __post_init__(self) -> None:
+        for each in fields(self):
+            object.__setattr__(self, each.name, plain_number(getattr(self, each.name)))
         goals = ("target_speedup", "min_psnr", "adacorr_budget")
         named = [name for name in goals if getattr(self, name) is not None]
         if len(named) != 1:
