@@ -1,5 +1,5 @@
-"""Import paths that users of other engines know; the engine itself finds the model's declaration by its class."""
+"""Import paths that users of xDiT know; the engine itself finds the model's declaration by its class."""
 
-from xfuser.model_executor.cache.apply import apply_cache_on_transformer
+from xfuser.model_executor.cache.diffusers_adapters.family import apply_cache_on_transformer
 
 __all__ = ["apply_cache_on_transformer"]
