@@ -53,6 +53,13 @@ class Learned:
         """The mean of the replays, less what the images that weights were learned from are ahead of others."""
         return sum(self.psnr) / len(self.psnr) - OPTIMISM / len(self.psnr) ** 0.5 if self.psnr else None
 
+    @property
+    def standing(self) -> float:
+        """What placements are chosen by: the mean over all images, and over the worst quarter of them, alike."""
+        ordered = sorted(self.psnr)
+        worst = ordered[: max(1, len(ordered) // 4)]
+        return (sum(ordered) / len(ordered) + sum(worst) / len(worst)) / 2 if ordered else 0.0
+
 
 @dataclass
 class Calibration:

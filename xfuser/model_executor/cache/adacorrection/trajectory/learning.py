@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from xfuser.model_executor.cache.adacorrection.trajectory.engine import TrajectoryEngine
 
 EARLY = 0.02  # by which a plan's predicted speed-up may stay below what was asked for
+EMPHASES = (0.0, 0.5, 1.0, 2.0)  # on early jumps; which one is best differs from model to model and budget to budget
 EXACT = 100.0  # dB, where nothing differs
 
 
@@ -258,10 +259,10 @@ class Learner:
         if units >= FULL * calibration.steps:
             return [Plan.full(calibration.steps)]
         whole = max(1, units // FULL)
-        plans = []
+        spent = units if apart else FULL * whole
+        plans = [Scheduler.of(calibration.gram, spent, apart, emphasis).plan(spent) for emphasis in EMPHASES]
         if apart:
-            plans.append(Scheduler.of(calibration.gram, units, True).plan(units))
-        plans.append(Scheduler.of(calibration.gram, FULL * whole, False).plan(FULL * whole))
+            plans.append(Scheduler.of(calibration.gram, FULL * whole, False).plan(FULL * whole))
         plans.append(even_placement(calibration.steps, whole))
         return self._engine.agreement.first(list({plan.digest: plan for plan in plans}.values()))
 
@@ -280,7 +281,7 @@ class Learner:
                 fitted.append(calibration.learned.get(plan.digest) or self.fit(calibration, plan, samples))
                 progress()
             # What does not beat another placement of the same cost is not kept.
-            kept.add(max(fitted, key=lambda known: known.predicted_psnr or 0.0).plan.digest)
+            kept.add(max(fitted, key=lambda known: known.standing).plan.digest)
         calibration.learned = {digest: calibration.learned[digest] for digest in calibration.learned if digest in kept}
 
     def _search_quality(self, calibration: Calibration, samples: list[Sample]) -> None:

@@ -88,6 +88,8 @@ class Scheduler:
         branches_apart: Whether a step may evaluate the conditional branch alone.
         largest_gap: Steps between two evaluations, at most; more where the largest budget needs it.
         largest_budget: Half evaluations up to which plans can be read; by default all.
+        emphasis: How much more an early jump's residual counts than a late one's, since what comes after may amplify
+            it: the power of the share of steps that are still to come. 0 counts all alike.
     """
 
     def __init__(
@@ -96,10 +98,12 @@ class Scheduler:
         branches_apart: bool = False,
         largest_gap: int = LARGEST_GAP,
         largest_budget: int | None = None,
+        emphasis: float = 0.0,
     ) -> None:
         if branches_apart and gram.branches != 2:
             raise ValueError("one branch cannot be evaluated apart from another")
         self.gram = gram
+        self._emphasis = emphasis
         self._budgets = min(largest_budget or FULL * gram.steps, FULL * gram.steps) + 1
         needed = math.ceil(gram.steps / max(1, (self._budgets - 1) // FULL))
         self.gap = min(max(largest_gap, needed), gram.steps)
@@ -107,10 +111,10 @@ class Scheduler:
         self._solve()
 
     @classmethod
-    def of(cls, gram: Gram, budget: int, branches_apart: bool) -> Scheduler:
+    def of(cls, gram: Gram, budget: int, branches_apart: bool, emphasis: float = 0.0) -> Scheduler:
         """Make one whose gaps are bounded by two and a half times a budget's mean gap, all that good plans need."""
         mean_gap = FULL * gram.steps / budget
-        return cls(gram, branches_apart, min(max(math.ceil(2.5 * mean_gap), SMALLEST_GAP), LARGEST_GAP), budget)
+        return cls(gram, branches_apart, min(max(math.ceil(2.5 * mean_gap), SMALLEST_GAP), LARGEST_GAP), budget, emphasis)
 
     def plan(self, budget: int) -> Plan:
         """Read the best plan.
@@ -196,6 +200,7 @@ class Scheduler:
     def _costs(self, step: int, kind: int, firsts: np.ndarray, ends: np.ndarray) -> np.ndarray:
         """Compute all jumps' residuals as shares of the latents, [firsts, gaps + 1, ends]; infinite where none is."""
         costs = np.full((len(firsts), self.gap + 1, len(ends)), np.inf, dtype=np.float32)
+        share_to_come = (self.gram.steps - step) / self.gram.steps
         # Jumps of as many remembered outputs are solved at once. Kinds that never come up keep infinite values.
         groups: dict[bool, list[tuple[int, int]]] = {}
         for place, first in enumerate(firsts):
@@ -209,7 +214,7 @@ class Scheduler:
                 nodes.append(self._rows(kind, (step, middle, middle - second), int(firsts[place]), second))
             starts = np.full(len(pairs), step)
             where = np.broadcast_to(ends, (len(pairs), len(ends)))
-            found = jump_residuals(self.gram, nodes, starts, where) / self._scale
+            found = jump_residuals(self.gram, nodes, starts, where) * (share_to_come**self._emphasis / self._scale)
             places, seconds_of = np.array(pairs).T
             costs[places, seconds_of] = found
         return costs
