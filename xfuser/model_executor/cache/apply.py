@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from torch import nn
 from xfuser.config import CacheConfig
 from xfuser.config.cache import FIRST, base_method
 from xfuser.model_executor.adapters import declaration_of
+from xfuser.model_executor.cache.adacorrection.trajectory.calibration import is_trajectory
 from xfuser.model_executor.cache.adacorrection.trajectory.engine import TrajectoryEngine, attach_trajectory
 from xfuser.model_executor.cache.adacorrection.trajectory.settings import AUTO, TrajectoryConfig
 from xfuser.model_executor.cache.attach import check_scheduler_free, check_transformer_free
 from xfuser.model_executor.cache.calibration import Calibration
+from xfuser.model_executor.cache.counting import BaseCounter
 from xfuser.model_executor.cache.engine import CacheEngine
 from xfuser.model_executor.cache.foreign import check_no_other_cache, check_not_compiled_whole
 
@@ -51,12 +54,16 @@ def apply_cache_on_pipeline(
     """Attach a cache to a diffusers pipeline; its scheduler marks generations and steps.
 
     Without a base method, and with one of ``target_speedup``, ``min_psnr`` and ``adacorr_budget``, AdaCorrection works
-    on the trajectory: for any pipeline with a denoiser and a scheduler; settings as in `TrajectoryConfig`. Otherwise
-    arguments, result and errors are those of `apply_cache_on_transformer`.
+    on the trajectory: for any pipeline with a denoiser and a scheduler; settings as in `TrajectoryConfig`. With a base
+    method, ``enable_adacorrection=True`` and a calibration of the trajectory (a file, or ``"auto"``), what the base
+    method would have spent, counted in the first call, is spent there. Otherwise arguments, result and errors are those
+    of `apply_cache_on_transformer`.
 
     Example:
         >>> engine = apply_cache_on_pipeline(pipeline, target_speedup=3)
     """
+    if spends_as_base(use_cache, settings):
+        return _attach_as_base(pipeline, use_cache, settings)
     if on_trajectory(use_cache, settings):
         settings.pop("enable_adacorrection", None)
         return attach_trajectory(pipeline, **settings)
@@ -84,6 +91,36 @@ def on_trajectory(use_cache: str | None, settings: dict[str, Any]) -> bool:
     if only_there:
         return True
     return use_cache is None and settings.get("adacorr_budget") is not None and not _names_blocks(settings)
+
+
+def spends_as_base(use_cache: str | None, settings: dict[str, Any]) -> bool:
+    """Tell whether a base method is named whose compute the trajectory is to spend: one with such a calibration.
+
+    Raises:
+        ValueError: A setting is named that says otherwise.
+    """
+    calibration = settings.get("calibration")
+    there = calibration == AUTO or (
+        isinstance(calibration, (str, PathLike)) and Path(calibration).is_file() and is_trajectory(Path(calibration))
+    )
+    if base_method(use_cache) is None or not settings.get("enable_adacorrection") or not there:
+        return False
+    for name in ("adacorr_budget", "target_speedup", "min_psnr", "adacorr_mode"):
+        if settings.get(name) is not None:
+            raise ValueError(
+                f"{name} with use_cache={use_cache!r} and a calibration of the trajectory: the base method says what "
+                f"is spent there; leave one of them out"
+            )
+    return True
+
+
+def _attach_as_base(pipeline: Any, use_cache: str | None, settings: dict[str, Any]) -> TrajectoryEngine:
+    above = {name: settings.pop(name) for name in (*ONLY_TRAJECTORY, "calibration") if name in settings}
+    config = CacheConfig.from_keywords(use_cache=use_cache, **settings)
+    if getattr(pipeline, "transformer", None) is None:
+        raise TypeError(f"{type(pipeline).__name__} has no transformer; base methods need a pipeline with one")
+    check_unattached(pipeline.transformer, getattr(pipeline, "scheduler", None))
+    return attach_trajectory(pipeline, counter=BaseCounter(pipeline, config), **above)
 
 
 def _names_blocks(settings: dict[str, Any]) -> bool:

@@ -71,6 +71,7 @@ class CacheEngine:
         attention: AttentionContext | None = None,
     ) -> None:
         self.exchange = exchange or SumExchange()
+        self.paused = False  # calls go through unseen
         self._asked, self._given_placement, self._attention = config, placement, attention
         self._scheduler: Any = None
         self._follower: PipelineFollower | None = None
@@ -123,7 +124,7 @@ class CacheEngine:
             "method": config.use_cache,
             "rel_l1_thresh": config.rel_l1_thresh,
             "adacorrection": config.mode,
-            "approximation": config.stand_in,
+            "approximation": None if config.use_cache is None else config.stand_in,  # nothing has to be stood in for
             "collectives": self.exchange.collectives,
             "calibrated": self.deliberation.calibration is not None,
             "memory_bytes": sum(branch.bytes() for branch in self._branches.values()),
@@ -300,7 +301,7 @@ class CacheEngine:
     def _run_transformer(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._follower is not None:
             self._follower.follow_scheduler()
-        if any(self._root_arguments.read(name, args, kwargs) for name in self.declaration.skips_blocks):
+        if self.paused or any(self._root_arguments.read(name, args, kwargs) for name in self.declaration.skips_blocks):
             return original(*args, **kwargs)
         sample = self._root_arguments.read("hidden_states", args, kwargs)
         timestep = self._root_arguments.read("timestep", args, kwargs)

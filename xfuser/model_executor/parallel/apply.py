@@ -21,7 +21,7 @@ from xfuser.core.distributed.statistics import SumExchange
 from xfuser.model_executor.adapters import BoundArguments, ModelDeclaration, declaration_of
 from xfuser.model_executor.cache.adacorrection.trajectory import TrajectoryEngine, attach_trajectory
 from xfuser.model_executor.cache.adacorrection.trajectory.branches import sample_of, with_sample
-from xfuser.model_executor.cache.apply import check_unattached, load_calibration, on_trajectory
+from xfuser.model_executor.cache.apply import check_unattached, load_calibration, on_trajectory, spends_as_base
 from xfuser.model_executor.cache.attach import Replacement
 from xfuser.model_executor.cache.engine import CacheEngine
 from xfuser.model_executor.parallel.autoencoder import ParallelDecoder, check_decoder
@@ -256,6 +256,11 @@ def parallelize(
         ValueError: Degrees that do not fit the model, settings that do not go together, or a pipeline on another
             device; on all ranks that share an image, also where one of them alone refuses. Nothing has been changed.
     """
+    if spends_as_base(use_cache, settings):
+        raise ValueError(
+            "what a base method would spend on the trajectory is counted in one process only; on several ranks name "
+            "adacorr_budget and leave use_cache out, or leave calibration out for the correction on blocks"
+        )
     above = on_trajectory(use_cache, settings)
     trajectory = {name: value for name, value in settings.items() if name != "enable_adacorrection"} if above else None
     config = CacheConfig() if above else CacheConfig.from_keywords(use_cache=use_cache, **settings)

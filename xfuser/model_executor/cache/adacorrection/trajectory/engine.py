@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from xfuser.model_executor.cache.adacorrection.trajectory.goals import Goal
 from xfuser.model_executor.cache.adacorrection.trajectory.learning import Learner, NotLearnable
 from xfuser.model_executor.cache.adacorrection.trajectory.replaying import Finer, PipelineCall, RandomState
 from xfuser.model_executor.cache.adacorrection.trajectory.settings import AUTO, FIRST, TrajectoryConfig
+from xfuser.model_executor.cache.adacorrection.trajectory.spending import Counter, Spending
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,7 @@ class TrajectoryEngine:
         stores: Whether this process writes calibrations.
         apart: Whether one branch of guidance may be evaluated without the other.
         above_blocks: Whether an engine at the block level may follow the same scheduler.
+        counter: Counts what a base method would spend; that is then the budget, whatever the settings name.
     """
 
     def __init__(
@@ -52,8 +55,11 @@ class TrajectoryEngine:
         stores: bool = True,
         apart: bool = True,
         above_blocks: bool = False,
+        counter: Counter | None = None,
     ) -> None:
         self.pipeline, self.config = pipeline, config
+        self._spending = None if counter is None else Spending(counter)
+        self._above_blocks = above_blocks
         self.store = Store(config.store)
         self.goal = Goal(config, apart)
         self.generation: Generation | None = None
@@ -74,9 +80,7 @@ class TrajectoryEngine:
         self._refused: dict[str, ValueError] = {}
         self._weights: dict[str, dict[str, Any]] = {}
         self.generations = self.learned_generations = 0
-        self.attachment = Attachment(
-            pipeline, self._run_pipeline, self._run_denoiser, self._wrap_set_timesteps, self._wrap_step, above_blocks
-        )
+        self.attachment = self._attach(above_blocks)
 
     # -- the public calls ---------------------------------------------------------------------------------------------
 
@@ -122,6 +126,10 @@ class TrajectoryEngine:
         """
         return self._learner.learn_from(calls, evaluations, progress)
 
+    def _attach(self, above_blocks: bool) -> Attachment:
+        hooks = (self._run_pipeline, self._run_denoiser, self._wrap_set_timesteps, self._wrap_step)
+        return Attachment(self.pipeline, *hooks, above_blocks)
+
     # -- what is followed ---------------------------------------------------------------------------------------------
 
     def denoisers(self) -> list[str]:
@@ -140,7 +148,10 @@ class TrajectoryEngine:
         self._inside = True
         self.generation = None
         try:
-            result = original(*args, **kwargs)
+            if self._spending is not None and self._spending.wanted:
+                result = self._run_counted(self._spending, original, args, kwargs)
+            else:
+                result = original(*args, **kwargs)
             generation = self.generation
             if generation is not None:
                 if generation.recording is not None:
@@ -152,6 +163,26 @@ class TrajectoryEngine:
             if self.generation is not None:
                 self.generation.forget()
                 self.generation = None
+
+    def _run_counted(
+        self, spending: Spending, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run the pipeline with the base method below the trajectory, counted and not obeyed."""
+        self.attachment.undo()
+        spending.begin()
+        self.attachment = self._attach(above_blocks=True)
+        self.half_batch.around = spending.counter.paused
+        whole = False
+        try:
+            result = original(*args, **kwargs)
+            whole = True
+            return result
+        finally:
+            self.attachment.undo()
+            self.half_batch.around = nullcontext
+            spending.end(self._key, whole)
+            self.goal.budget = spending.budget(self._key, self.calibration)
+            self.attachment = self._attach(self._above_blocks)
 
     def _run_denoiser(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         generation = self.generation
@@ -211,6 +242,12 @@ class TrajectoryEngine:
         self._key = key
         found = self.agreement.shared(lambda: self._find(key, document), _digest_of)
         self.calibration = found
+        if self._spending is not None:
+            self.goal.budget = self._spending.budget(key, found)
+            if self.goal.budget is None:  # evaluated in full, and counted where that has begun with the call
+                if self._spending.counting and self._given is None:
+                    generation.record(raw=not self.config.replay)
+                return
         wanted = self.config.calibration_images
         if found is not None and self._given is None:
             unlearned = self.goal.choose(found) is None
@@ -252,6 +289,8 @@ class TrajectoryEngine:
     def keep(self, calibration: Calibration) -> None:
         """Take a calibration for the one in force, and store it."""
         self._known[calibration.key] = self.calibration = calibration
+        if self._spending is not None:
+            self._spending.note(calibration)
         if self.stores:
             try:
                 self.store.keep(calibration)
@@ -262,6 +301,8 @@ class TrajectoryEngine:
         if self._learner.collect(generation, call):
             return
         problem = self._learner.unusable(generation)
+        if problem is None and self._spending is not None and self.goal.budget is None:
+            problem = "what the base method spends was not counted"
         if problem is not None:
             self._say(f"nothing is learned from this generation: {problem}; it was evaluated in full")
             return
@@ -307,6 +348,7 @@ class TrajectoryEngine:
             "differs": self._differences(generation),
             "not_learned_because": generation.broken,
             "reference": self.config.calibration_reference,
+            "base": None if self._spending is None else self._spending.counter.name,
         }
 
     def _differences(self, generation: Generation) -> list[str]:
@@ -323,6 +365,7 @@ def attach_trajectory(
     stores: bool = True,
     apart: bool = True,
     above_blocks: bool = False,
+    counter: Counter | None = None,
     **settings: Any,
 ) -> TrajectoryEngine:
     """Attach AdaCorrection on the trajectory to any diffusers pipeline with a denoiser and a scheduler.
@@ -333,6 +376,7 @@ def attach_trajectory(
         stores: Whether this process writes calibrations.
         apart: Whether one branch of guidance may be evaluated without the other.
         above_blocks: Whether an engine at the block level may be attached to the pipeline already.
+        counter: Counts what a base method would spend, which is then the goal instead of one in the settings.
         **settings: The fields of `TrajectoryConfig`.
 
     Raises:
@@ -343,9 +387,9 @@ def attach_trajectory(
     unknown = sorted(set(settings) - set(known))
     if unknown:
         raise TypeError(f"unknown setting {', '.join(unknown)} for the trajectory; known are {', '.join(known)}")
-    config = TrajectoryConfig(**settings)
+    config = TrajectoryConfig(**settings, **({} if counter is None else {"adacorr_budget": 1.0}))
     check_pipeline(pipeline, above_blocks)
-    return TrajectoryEngine(pipeline, config, agreement, stores, apart, above_blocks)
+    return TrajectoryEngine(pipeline, config, agreement, stores, apart, above_blocks, counter)
 
 
 def _digest_of(calibration: Calibration | None) -> str | None:

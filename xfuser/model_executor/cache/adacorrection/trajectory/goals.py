@@ -26,15 +26,23 @@ def speedup_of(plan: Plan, timing: dict[str, float]) -> float:
 
 
 class Goal:
-    """One of ``target_speedup``, ``min_psnr`` and ``adacorr_budget``."""
+    """One of ``target_speedup``, ``min_psnr`` and ``adacorr_budget``.
+
+    Attributes:
+        budget: The share of evaluations, where it is the goal; ``None`` too while a base method is still counted.
+    """
 
     def __init__(self, config: TrajectoryConfig, may_part: bool = True) -> None:
         self.config = config
+        self.budget = config.adacorr_budget
         self._may_part = may_part and config.branches_apart
 
     def asked(self) -> dict[str, float]:
         names = ("target_speedup", "min_psnr", "adacorr_budget")
-        return {name: float(getattr(self.config, name)) for name in names if getattr(self.config, name) is not None}
+        named = {name: float(getattr(self.config, name)) for name in names if getattr(self.config, name) is not None}
+        if "adacorr_budget" not in named:
+            return named
+        return {} if self.budget is None else {"adacorr_budget": float(self.budget)}
 
     @property
     def by_quality(self) -> bool:
@@ -50,12 +58,12 @@ class Goal:
         Raises:
             Unreachable: Even one evaluation is too slow, or costs more than the budget.
         """
-        if self.config.adacorr_budget is not None:
-            units = int(self.config.adacorr_budget * FULL * steps + 1e-9)
+        if self.budget is not None:
+            units = int(self.budget * FULL * steps + 1e-9)
             units -= 0 if apart else units % FULL
             if units < FULL:
                 raise Unreachable(
-                    f"adacorr_budget={self.config.adacorr_budget:g} is less than one of {steps} evaluations; the "
+                    f"adacorr_budget={self.budget:g} is less than one of {steps} evaluations; the "
                     f"smallest is {1 / steps:.3g}"
                 )
             return units

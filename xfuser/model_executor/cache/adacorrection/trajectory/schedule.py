@@ -114,7 +114,9 @@ class Scheduler:
     def of(cls, gram: Gram, budget: int, branches_apart: bool, emphasis: float = 0.0) -> Scheduler:
         """Make one whose gaps are bounded by two and a half times a budget's mean gap, all that good plans need."""
         mean_gap = FULL * gram.steps / budget
-        return cls(gram, branches_apart, min(max(math.ceil(2.5 * mean_gap), SMALLEST_GAP), LARGEST_GAP), budget, emphasis)
+        return cls(
+            gram, branches_apart, min(max(math.ceil(2.5 * mean_gap), SMALLEST_GAP), LARGEST_GAP), budget, emphasis
+        )
 
     def plan(self, budget: int) -> Plan:
         """Read the best plan.

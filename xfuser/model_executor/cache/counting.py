@@ -1,0 +1,61 @@
+"""Count what a base method would spend, while everything is evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from xfuser.config import CacheConfig
+from xfuser.model_executor.adapters import declaration_of
+from xfuser.model_executor.cache.engine import CacheEngine
+
+
+class BaseCounter:
+    """Counts a base method's proposals in a pipeline that evaluates every block. For `Spending`.
+
+    Args:
+        pipeline: With a transformer of a supported family.
+        config: The base method's settings.
+
+    Raises:
+        TypeError: The transformer is not supported.
+    """
+
+    def __init__(self, pipeline: Any, config: CacheConfig) -> None:
+        self._pipeline = pipeline
+        self._declaration = declaration_of(pipeline.transformer)
+        # With the whole budget nothing is skipped, while the base method goes on as if it were obeyed.
+        self._config = replace(config, enable_adacorrection=True, adacorr_budget=1.0, calibration=None)
+        threshold = config.rel_l1_thresh
+        if threshold is None:
+            threshold = self._declaration.threshold(config.use_cache, pipeline.transformer)
+        self.name = f"{config.use_cache} {threshold:g}"
+        self._engine: CacheEngine | None = None
+
+    def attach(self) -> None:
+        """Begin to count; nothing is skipped."""
+        self._engine = CacheEngine(self._pipeline.transformer, self._declaration, self._config)
+        self._engine.follow_pipeline(self._pipeline)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not see the calls that are made within."""
+        assert self._engine is not None
+        self._engine.paused = True
+        try:
+            yield
+        finally:
+            self._engine.paused = False
+
+    def detach(self) -> float | None:
+        """Leave the pipeline alone again, and tell the share of block evaluations; ``None`` where none was seen."""
+        assert self._engine is not None
+        engine, self._engine = self._engine, None
+        engine.remove()
+        summary = engine.summary()
+        if not summary["calls"]:
+            return None
+        probed = engine.policy.probe_blocks / len(engine.blocks)
+        return probed + (1 - probed) * summary["proposed_share"]
