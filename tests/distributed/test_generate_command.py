@@ -43,6 +43,20 @@ def test_replicas_share_the_images(alone: tuple[dict[str, Any], np.ndarray], tmp
     assert ended.out.count("hit rate") == 1
 
 
+def test_replicas_go_on_together(alone: tuple[dict[str, Any], np.ndarray], tmp_path: Path) -> None:
+    """The first rank alone sees the folder; one replica misses an image, the other does its last batch again."""
+    command = (GENERATE, *TINY, *TEA, "--data_parallel_degree", "2", "--output_dir", tmp_path)
+    assert run(*command).code == 0
+    refused = torchrun(2, *command)
+    assert refused.code != 0 and len(refused.lines()) == 1 and "--overwrite" in refused.err
+    (tmp_path / "image_00001.png").unlink()
+    ended = torchrun(2, *command, "--resume")
+    assert ended.code == 0, ended.err
+    told, images = outcome(tmp_path)
+    assert np.array_equal(images, alone[1])
+    assert told["generated"] == 5
+
+
 def test_uneven_rounds_of_replicas(alone: tuple[dict[str, Any], np.ndarray], tmp_path: Path) -> None:
     """One replica has two batches, the other one; tokens are shared besides, and the decoder's rows."""
     degrees = ["--data_parallel_degree", "2", "--ulysses_degree", "2", "--use_parallel_vae", "--batch_size", "2"]

@@ -88,7 +88,6 @@ def test_a_command_line_arrives_in_the_configs() -> None:
         "--use_fp8_t5_encoder",
         "--use_int8_gemms",
         "--enable_model_cpu_offload",
-        "--use_ray",
         "--no_such_flag",
         "--height 0",
     ],

@@ -149,6 +149,7 @@ def end(command: str, error: BaseException) -> NoReturn:
         if rank() == 0:
             print(f"{command}: {one_line(error)}", file=sys.stderr, flush=True)
         elif world_size() > 1:
+            _told.acquire(blocking=False)  # nor is there anything to say when the launcher stops this one
             time.sleep(GRACE)  # a launcher stops all when one has ended, and the first rank has a line to say
         _leave(2, joined)
     if not launched() or world_size() == 1:
