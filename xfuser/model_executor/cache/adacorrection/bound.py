@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from xfuser.config import CacheConfig
-from xfuser.model_executor.cache.adacorrection.drift import DriftMonitor
+from xfuser.model_executor.cache.adacorrection.drift import DriftMonitor, bounded
 from xfuser.model_executor.cache.adacorrection.estimate import ErrorEstimate
 from xfuser.model_executor.cache.approximation import Extrapolation
 from xfuser.model_executor.cache.plan import StepPlan
@@ -32,10 +32,10 @@ class BoundState:
 class BoundReviewer(Reviewer):
     """Keeps every block's stand-in within the tolerance, 95% of the time.
 
-    A block is evaluated when γ·ê·exp(margin), scaled by how unusual this step's drift is, reaches the tolerance. The
-    margin is a running quantile: it rises when a true error exceeds its prediction and falls slowly otherwise, so that
-    COVERAGE of them stay within. A proposal of the base method to refresh halves what is tolerated in that step: it
-    has seen something.
+    A block is evaluated when γ·ê·exp(margin), scaled by how unusual this step's drift is (by a half to twice), reaches
+    the tolerance. The margin is a running quantile: it rises when a true error exceeds its prediction and falls slowly
+    otherwise, so that COVERAGE of them stay within. A proposal of the base method to refresh halves what is tolerated
+    in that step: it has seen something.
     """
 
     obeys: ClassVar[bool] = False
@@ -61,7 +61,7 @@ class BoundReviewer(Reviewer):
         return state.estimate.weight
 
     def review(self, state: BoundState, context: StepContext) -> Review:
-        unusual = state.drift.ratio(context.offset, context.offset_lag)
+        unusual = bounded(state.drift.ratio(context.offset, context.offset_lag))
         predicted = tuple(unusual * self._predict(state, context, unit) for unit in range(context.units))
         state.predicted = predicted
         evaluate = tuple(
