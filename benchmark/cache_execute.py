@@ -235,6 +235,7 @@ def execute(args: argparse.Namespace, console: Console) -> dict[str, Any] | None
         torch.set_num_threads(args.threads)
     check_output_folder(args.output_dir)
     rows, sweep = rows_to_run(args)
+    sampling = sampling_of(args)
     parallel = parallel_config(args)
     if parallel.pipefusion_parallel_degree > 1 and parallel.pipefusion_max_lag is None:
         # Else the uncached row alone would read old keys and values, and all others be measured against that.
@@ -251,7 +252,7 @@ def execute(args: argparse.Namespace, console: Console) -> dict[str, Any] | None
         loaded = load_pipeline(args.model_type, args.model, device)
         return loaded, Judge(loaded, evaluation_folder(loaded, args))
 
-    (loaded, judge), sampling = begin_together(begin), sampling_of(args)
+    loaded, judge = begin_together(begin)
     if not mesh.is_first:
         measure(loaded, rows, sampling, lenient=sweep is not None, mesh=mesh)
         return None

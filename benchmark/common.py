@@ -13,10 +13,14 @@ from xfuser.config.cache import FIRST
 from xfuser.core.distributed.environment import describe_environment
 from xfuser.model_executor.pipelines import MODEL_TYPES, LoadedPipeline
 
+PROMPT_ONLY = ("prompt", "height", "width")
+
 
 def add_evaluation_arguments(group: Any, output: str) -> None:
     """What is drawn, what judges it, and where the results go."""
-    group.add_argument("--prompt", nargs="+", default=list(DEFAULT_PROMPTS), help="prompts, taken in turn")
+    group.add_argument(
+        "--prompt", nargs="+", help="prompts, taken in turn (default: four of its own; prompt models only)"
+    )
     group.add_argument(
         "--evaluation",
         type=Path,
@@ -42,14 +46,25 @@ def bases_of(args: argparse.Namespace, threshold: float | None) -> dict[str, dic
 
 
 def sampling_of(args: argparse.Namespace) -> Sampling:
+    """What every row generates.
+
+    Raises:
+        ValueError: Prompts or sizes are named for a model that takes class labels.
+    """
     own = MODEL_TYPES[args.model_type].guidance_scale
+    if MODEL_TYPES[args.model_type].conditioned_on == "label":
+        for name in PROMPT_ONLY:
+            if getattr(args, name) is not None:
+                raise ValueError(
+                    f"--{name}: --model_type {args.model_type} takes class labels, all in turn; leave it out"
+                )
     return Sampling(
         args.num_images,
         args.batch_size,
         args.num_inference_steps,
         own if args.guidance_scale is None else args.guidance_scale,
         args.seed,
-        tuple(args.prompt),
+        tuple(args.prompt or DEFAULT_PROMPTS),
         args.height,
         args.width,
     )
@@ -81,8 +96,16 @@ def describe_run(loaded: LoadedPipeline, sampling: Sampling, named: dict[str, An
             "type": loaded.model_type,
             "dtype": str(loaded.dtype).removeprefix("torch."),
         },
-        "settings": vars(sampling) | {"prompts": list(sampling.prompts)} | (named or {}),
+        "settings": _told(loaded, sampling) | (named or {}),
     }
+
+
+def _told(loaded: LoadedPipeline, sampling: Sampling) -> dict[str, Any]:
+    """The sampling's settings that the model reads."""
+    settings = vars(sampling) | {"prompts": list(sampling.prompts)}
+    if loaded.spec.conditioned_on == "prompt":
+        return settings
+    return {name: value for name, value in settings.items() if name not in ("prompts", "height", "width")}
 
 
 def announce(loaded: LoadedPipeline, rows: int, args: argparse.Namespace) -> str:

@@ -12,6 +12,8 @@ import torch
 
 from benchmark.outcomes import Run
 from benchmark.rows import BLOCKS
+from xfuser.config import CacheConfig
+from xfuser.config.arguments import READS
 from xfuser.metrics import (
     FeatureNetwork,
     Interval,
@@ -165,7 +167,7 @@ def _times_faster(run: Run, other: Run) -> float:
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    settings = {name: value for name, value in vars(run.row.config).items() if value is not None}
+    settings = _read_settings(run.row.config)
     if run.row.fewer_steps:
         return {"num_inference_steps": float(np.mean(run.steps))}
     if run.row.base is None:
@@ -181,6 +183,22 @@ def _settings(run: Run) -> dict[str, Any]:
         ends = dict.fromkeys(f"{value:.4g}" for value in (min(run.match.values), max(run.match.values)))
         settings[run.match.dial.name] = f"{' to '.join(ends)}, searched to save as many FLOPs as {run.row.base}"
     return settings
+
+
+def _read_settings(config: CacheConfig) -> dict[str, Any]:
+    """The settings that the row's methods read: another method's defaults say nothing about it."""
+    theirs = {name for names in READS.values() for name in names} - set(READS.get(config.use_cache or "", ()))
+    if config.mode is not None:
+        theirs -= {"sync"}
+    if config.use_cache == "Interval":
+        theirs |= {"rel_l1_thresh"}
+    return {
+        name: value
+        for name, value in vars(config).items()
+        if value is not None
+        and name not in theirs
+        and (config.mode is not None or not name.startswith(("adacorr_", "granularity")))
+    }
 
 
 def _matched(run: Run) -> dict[str, Any]:

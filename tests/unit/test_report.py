@@ -106,11 +106,14 @@ class Checker(HTMLParser):
         self.tags: set[str] = set()
         self.text: list[str] = []
         self.sources: list[str] = []
+        self.links: list[dict[str, str | None]] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
         if tag == "img":
             self.sources.append(dict(attrs)["src"] or "")
+        if tag == "a":
+            self.links.append(dict(attrs))
         if tag not in VOID:
             self.open.append(tag)
 
@@ -179,6 +182,85 @@ def test_html_shows_missing_scores_as_dashes_and_intervals(report: tuple[Path, s
     assert row.count("<td>–</td>") == 3
     assert "23.60 to 24.40" in checker.text
     assert "None" not in re.sub(r"<[^>]*>", " ", row)
+
+
+def read(path: Path) -> Checker:
+    checker = Checker()
+    checker.feed(path.read_text(encoding="utf-8"))
+    checker.close()
+    return checker
+
+
+def test_settings_stand_once_and_cells_hold_what_differs(tmp_path: Path) -> None:
+    document = make_document()
+    for row in document["results"]:
+        corrected = row["method"].endswith("+AdaCorrection")
+        row["settings"] = {}
+        if row["base"] is not None:
+            own = {"rel_l1_thresh": len(row["base"]), "approximation": "taylor-1" if "1" in row["method"] else "none"}
+            row["settings"] = {"use_cache": row["base"], "sync": "step", "depth": 3.0} | own
+        if corrected:
+            row["settings"]["adacorr_budget"] = 0.5
+    document["results"].append(result("None[steps of Tea]", "Tea", 2.0, 22.0) | {"settings": {"steps": 10}})
+    on_trajectory = {"level": "trajectory", "calibration": "x.safetensors"}
+    document["results"].append(result("Tea+AdaCorrection[t]", "Tea", 2.0, 42.0) | {"settings": on_trajectory})
+    write_report(tmp_path / "report.html", document, {}, {})
+    text = read(tmp_path / "report.html").text
+    assert text.count("sync") == text.count("depth") == 1 and text[text.index("depth") + 1] == "3"
+    cells = {name: text[text.index(name, text.index("Results")) + 1] for name in ("Tea", "Tea[taylor-1]")}
+    assert cells == {"Tea": "rel_l1_thresh=3, approximation=none", "Tea[taylor-1]": "approximation=taylor-1"}
+    assert text[text.index("Tea+AdaCorrection") + 1] == "adacorr_budget=0.5", "and nothing that its base has too"
+    assert "level=trajectory, calibration=x.safetensors" in text and "steps=10" in text
+
+
+@pytest.mark.parametrize(("low", "shown"), [(0.01, True), (-0.5, False), (None, False)])
+def test_kid_is_shown_where_it_can_be_told_from_noise(low: float | None, shown: bool) -> None:
+    (column,) = (column for column in RESULT_COLUMNS if column.key == "kid")
+    assert column.cell({"kid": {"value": 0.25, "low": low, "high": 0.9}}).value == ("250.0" if shown else "–")
+    assert column.cell({"kid": {"value": -2.423, "low": -4.0, "high": -0.8}}).value == "–"
+    assert column.cell({"kid": None}).value == "–"
+
+
+def test_the_sheet_links_to_the_files(tmp_path: Path) -> None:
+    """A link lies over its tile: cut out of the picture at that place, the tile is the image."""
+    document, side = make_document(), 80
+    names = [row["method"] for row in document["results"][:3]]
+    document["results"][0]["images"] = [f"images/None/{index}.png" for index in range(5)]
+    document["results"][1]["images"] = ["images/a b#/0.png", "images/javascript:x"]
+    images = make_images(names, side=side)
+    write_report(tmp_path / "report.html", document, images, {})
+    checker = read(tmp_path / "report.html")
+    assert [link["href"] for link in checker.links[5:]] == ["images/a%20b%23/0.png", "images/javascript%3Ax"]
+    assert [link["title"] for link in checker.links[:2]] == ["None, image 0", "None, image 1"]
+    with Image.open(io.BytesIO(base64.b64decode(checker.sources[0].split(",", 1)[1]))) as picture:
+        sheet = np.asarray(picture)
+    numbers = [float(number) / 100 for number in re.findall(r": ([\d.]+)%", checker.links[1]["style"] or "")]
+    left, top, width, height = np.rint(np.array(numbers) * [*sheet.shape[1::-1], *sheet.shape[1::-1]]).astype(int)
+    assert (width, height) == (side, side)
+    cut = sheet[top : top + height, left : left + width] / 255
+    assert np.abs(cut - images["None"][1]).max() < 1 / 255
+
+
+def test_large_images_are_reduced_on_the_sheet() -> None:
+    assert comparison_sheet({"m": [np.zeros((600, 1200, 3))]}).height < 128 + 40
+    assert comparison_sheet({"m": [np.zeros((200, 250, 3))]}).width > 250
+
+
+def test_rows_that_are_no_cache_or_failed_say_so(tmp_path: Path) -> None:
+    document = make_document()
+    document["results"][1]["inactive"] = "Tea: it never hit"
+    document["failures"] = {"Fb": "Fb: out of memory"}
+    write_report(tmp_path / "report.html", document, {}, {})
+    text = read(tmp_path / "report.html").text
+    assert "inactive" in text[text.index("Tea") : text.index("Tea[taylor-1]")] and text.count("inactive") == 1
+    assert "Inactive: Tea: it never hit" in text and ": Fb: out of memory" in text
+    console = Console(width=140, file=io.StringIO(), color_system=None)
+    console.print(results_table(document))
+    printed = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    (line,) = [line for line in printed if line.split()[:1] == ["Tea"]]
+    assert "24.00" not in line and "–" in line, "its images are the uncached ones"
+    assert "inactive" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert quality_speed_curve(document["results"]) != quality_speed_curve(make_document()["results"])
 
 
 def test_nothing_is_left_under_a_temporary_name(report: tuple[Path, str, Checker]) -> None:

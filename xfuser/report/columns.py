@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 DASH = "–"
+AGAINST_UNCACHED = ("psnr", "ssim", "fid_vs_uncached")
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,15 @@ class Column:
             row: A row of the document. The field may be a number, ``{"value", "low", "high"}`` or None.
 
         Returns:
-            The formatted cell; a dash when the field is missing, None, not a number, or not to be told from noise.
+            The formatted cell; a dash when the field is missing, None, not a number, not to be told from noise, or a
+            comparison with the uncached images of a cache that never hit, whose images they are.
 
         Raises:
             TypeError: The field holds neither a number nor a mapping.
         """
         entry = row.get(self.key)
+        if row.get("inactive") and self.key in AGAINST_UNCACHED:
+            return Cell(DASH)
         if self.positive and not told_from_noise(entry):
             return Cell(DASH)
         if not isinstance(entry, Mapping):

@@ -21,8 +21,8 @@ def quality_speed_curve(results: Sequence[Mapping[str, Any]]) -> bytes:
 
     Args:
         results: The ``results`` of the benchmark's document. A row is left out of a panel where its score is None or
-            infinite (the uncached row has no PSNR to itself). The FID panel is logarithmic if all its values are
-            above zero.
+            infinite (the uncached row has no PSNR to itself), and an inactive one of both. The FID panel is logarithmic
+            if all its values are above zero.
 
     Returns:
         A PNG. x is the speedup (times), y the PSNR (dB) with its interval as error bars, and FID (no unit). A thin
@@ -126,7 +126,11 @@ def _score_panel(
     axes: Axes, key: str, results: Sequence[Mapping[str, Any]]
 ) -> tuple[dict[str, tuple[float, float]], dict[str, str], list[np.ndarray]]:
     """Draw one score; return each drawn method's point and colour, and the lines that labels should keep off."""
-    rows = {row["method"]: row for row in results if row.get(key) and is_finite(row[key]["value"])}
+    rows = {
+        row["method"]: row
+        for row in results
+        if row.get(key) and is_finite(row[key]["value"]) and not row.get("inactive")
+    }
     points = {method: (float(row["speedup"]), float(row[key]["value"])) for method, row in rows.items()}
     axes.grid(color="#e4e4e4", linewidth=0.7)
     axes.set_axisbelow(True)

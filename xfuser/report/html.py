@@ -8,16 +8,17 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
 import numpy as np
-from PIL import Image
 
 from xfuser.core.files import write_text
 from xfuser.report.columns import COMPARISON_COLUMNS, RESULT_COLUMNS, psnr_verdict
 from xfuser.report.curves import sweep_curves
 from xfuser.report.figures import decision_map, quality_speed_curve, trace_arrays
-from xfuser.report.sheet import comparison_sheet
+from xfuser.report.settings import split_settings
+from xfuser.report.sheet import draw_sheet
 from xfuser.report.table import frontier_rows
 from xfuser.report.trajectory import trajectory_panel
 
@@ -37,7 +38,8 @@ def write_report(
         path: Where the HTML goes; missing folders are made.
         document: The benchmark's JSON document (schema 1).
         images: For each method its sample images, arrays ``[H, W, C]`` of floats in [0, 1] with C = 1 or 3. May be
-            empty: the report then has no comparison sheet.
+            empty: the report then has no comparison sheet. Where a row names its ``images``, files relative to the
+            report, the sheet links to them.
         traces: For each corrected method the record of one run, as for
             :func:`xfuser.report.figures.decision_map`. May be empty.
         trajectories: For each method on the trajectory its record, as for
@@ -65,7 +67,9 @@ def _context(
     trajectories: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     model, sweep = document.get("model") or {}, document.get("sweep")
-    facts = [(title, _pairs(document.get(title.lower()) or {})) for title in ("Model", "Settings", "Environment")]
+    shared, own = split_settings(document["results"])
+    facts = [(title, _pairs(document.get(title.lower()) or {})) for title in ("Model", "Settings")]
+    facts += [("Settings of every cache", _pairs(shared)), ("Environment", _pairs(document.get("environment") or {}))]
     return {
         "title": f"Caching benchmark: {model['name']}" if model.get("name") else "Caching benchmark",
         "facts": [(title, pairs) for title, pairs in facts if pairs],
@@ -73,11 +77,13 @@ def _context(
         "rows": [
             {
                 "method": row["method"],
-                "settings": ", ".join(f"{name}={value}" for name, value in _pairs(row.get("settings") or {})),
+                "settings": ", ".join(f"{name}={value}" for name, value in _pairs(settings)),
+                "inactive": row.get("inactive"),
                 "cells": [column.cell(row) for column in RESULT_COLUMNS],
             }
-            for row in document["results"]
+            for row, settings in zip(document["results"], own, strict=True)
         ],
+        "failures": document.get("failures") or {},
         "comparison_columns": COMPARISON_COLUMNS,
         "comparisons": [
             {
@@ -88,7 +94,7 @@ def _context(
             }
             for row in document.get("comparisons") or []
         ],
-        "sheet": _data_uri(_sheet_png(images)) if images else None,
+        "sheet": _sheet(images, document["results"]) if images else None,
         "curve": None if sweep else _data_uri(quality_speed_curve(document["results"])),
         "sweep": _data_uri(sweep_curves(document["results"], sweep)) if sweep else None,
         "frontier": [
@@ -108,17 +114,38 @@ def _context(
 
 
 def _pairs(mapping: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(str(name), value if isinstance(value, str) else json.dumps(value)) for name, value in mapping.items()]
+    return [(str(name), _said(value)) for name, value in mapping.items()]
 
 
-def _sheet_png(images: Mapping[str, Sequence[np.ndarray]]) -> bytes:
-    return _png_bytes(comparison_sheet(images))
+def _said(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _png_bytes(picture: Image.Image) -> bytes:
+def _sheet(images: Mapping[str, Sequence[np.ndarray]], results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The sheet as a picture, and links over its tiles to the files of the images, in percent of its sides."""
+    sheet = draw_sheet(images)
+    files = {row["method"]: row.get("images") or [] for row in results}
+    width, height = sheet.picture.size
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
-    return buffer.getvalue()
+    sheet.picture.save(buffer, format="PNG", optimize=True)
+    return {
+        "picture": _data_uri(buffer.getvalue()),
+        "width": width,
+        "links": [
+            {
+                "file": quote(Path(file).as_posix()),
+                "title": f"{method}, image {index}",
+                "left": f"{100 * left / width:.3f}",
+                "top": f"{100 * top / height:.3f}",
+                "width": f"{100 * wide / width:.3f}",
+                "height": f"{100 * high / height:.3f}",
+            }
+            for method, places in sheet.places.items()
+            for index, ((left, top, wide, high), file) in enumerate(zip(places, files.get(method, []), strict=False))
+        ],
+    }
 
 
 def _data_uri(png: bytes) -> str:

@@ -18,7 +18,7 @@ def results_table(document: Mapping[str, Any], width: int = 140) -> Table:
     """Lay out the results of a benchmark for a terminal; one of fewer than 130 columns gets the most telling fields.
 
     Each method takes two lines: the values, and under them, dimmed, the ends of their intervals. Fields that were not
-    measured are dashes.
+    measured are dashes; a cache that never hit is marked under its name.
 
     Args:
         document: The benchmark's JSON document (schema 1).
@@ -38,7 +38,10 @@ def results_table(document: Mapping[str, Any], width: int = 140) -> Table:
         table.add_column(Text("\n".join(words)), justify="right", no_wrap=True)
     for row in document["results"]:
         # A plain string would be read as console markup, and "Tea[taylor-1]" would lose its brackets.
-        table.add_row(Text(row["method"]), *(_stacked(column.cell(row)) for column in columns))
+        name = Text(row["method"])
+        if row.get("inactive"):
+            name.append("\ninactive", style="dim")
+        table.add_row(name, *(_stacked(column.cell(row)) for column in columns))
     return table
 
 

@@ -19,20 +19,23 @@ def print_summary(document: dict[str, Any], folder: Path) -> None:
     rows = {
         "seconds": f"{document['seconds']:.2f} ({made / document['seconds']:.2f} images/s)",
         "base method": str(cache["method"]),
-        "AdaCorrection": str(cache["adacorrection"]),
-        "approximation": cache["approximation"],
         "steps x blocks": f"{cache['steps']} x {cache['blocks']}, {cache['branches']} branch(es)",
-        "hit rate": f"{cache['hit_rate']:.1%} of block evaluations",
-        "FLOPs saved": f"{cache['flops_saved']:.1%}",
-        "non-finite values caught": str(cache["non_finite"]),
     }
+    plan = ""
+    if cache["method"] is not None:
+        rows |= {
+            "AdaCorrection": str(cache["adacorrection"]),
+            "approximation": cache["approximation"],
+            "hit rate": f"{cache['hit_rate']:.1%} of block evaluations",
+            "FLOPs saved": f"{cache['flops_saved']:.1%}",
+            "non-finite values caught": str(cache["non_finite"]),
+        }
+        plan = _plan_line(next(iter(cache["plan"].values()), []), cache["blocks"])
     if cache["prediction_coverage"] is not None:
         rows["errors within prediction"] = f"{cache['prediction_coverage']:.1%}"
     for name, value in rows.items():
         table.add_row(name, value)
-    plan = next(iter(cache["plan"].values()), [])
-    table.add_row("blocks per step", _plan_line(plan, cache["blocks"]))
-    Console().print(table)
+    _show(table, plan)
 
 
 def print_trajectory(document: dict[str, Any], folder: Path) -> None:
@@ -47,7 +50,6 @@ def print_trajectory(document: dict[str, Any], folder: Path) -> None:
         "speed-up": f"predicted {_number(predicted.get('speedup'))}, got {_number(got['speedup'])}",
         "PSNR to uncached": f"predicted {_number(predicted.get('psnr'))} dB, from {cache['images_known']} image(s)",
         "generations": f"{cache['generations']}, of which {cache['learned_generations']} were learned from, in full",
-        "plan": cache["strip"],
     }
     if cache["non_finite"]:
         rows["corrections dropped"] = f"{cache['non_finite']} steps, not finite"
@@ -55,7 +57,15 @@ def print_trajectory(document: dict[str, Any], folder: Path) -> None:
         rows["not learned"] = cache["not_learned_because"]
     for name, value in rows.items():
         table.add_row(name, value)
-    Console().print(table)
+    _show(table, cache["strip"])
+
+
+def _show(table: Table, plan: str) -> None:
+    """The table, and under it the plan: beside the other rows' names, 50 steps would not fit into 80 columns."""
+    console = Console()
+    console.print(table)
+    if plan:
+        console.print(f"per step, █ evaluated, ▄ in part, · not:\n{plan}", markup=False, highlight=False)
 
 
 def _titled(document: dict[str, Any], folder: Path) -> Table:
