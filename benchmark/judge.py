@@ -28,6 +28,7 @@ from xfuser.metrics import (
     psnr,
     read_reference,
     ssim,
+    worst_tenth,
 )
 from xfuser.model_executor.pipelines import LoadedPipeline
 
@@ -117,9 +118,10 @@ class Judge:
                 scores["fid_difference"] = moved.to_dict()
         if self.network is not None and self.labelled:
             scores["class_accuracy"] = mean_interval(np.concatenate(known.recognised)).to_dict()
-        quality = {"psnr": None, "ssim": None}
+        quality: dict[str, Any] = {"psnr": None, "psnr_worst_tenth": None, "ssim": None}
         if not is_uncached:
             quality["psnr"] = mean_interval(np.concatenate(known.psnr)).to_dict()
+            quality["psnr_worst_tenth"] = worst_tenth(np.concatenate(known.psnr))
             quality["ssim"] = mean_interval(np.concatenate(known.ssim)).to_dict()
         return {
             "method": run.row.method,

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -243,12 +242,6 @@ def fit_descent(outputs: torch.Tensor, rounds: int = 201, rate: float = 0.01) ->
             (error / (steps - 1)).backward()
             optimizer.step()
     return (weights * past).detach()
-
-
-def worst_tenth(values: np.ndarray) -> float:
-    """Average the lowest tenth of the values [N], of at least one."""
-    count = max(1, round(len(values) / 10))
-    return float(np.sort(np.asarray(values, dtype=np.float64))[:count].mean())
 
 
 @contextlib.contextmanager

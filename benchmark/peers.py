@@ -10,7 +10,6 @@ does not stop the others; the exit code is then 1, and 3 where a cache spared no
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
 import json
@@ -30,6 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from xfuser.config.parser import OneLineParser  # noqa: E402
 from xfuser.core.console import check_output_folder, quiet_libraries  # noqa: E402
 
 quiet_libraries()
@@ -48,7 +48,6 @@ from benchmark.peer_tools import (  # noqa: E402
     frontier_picture,
     plain,
     table_of,
-    worst_tenth,
 )
 from xfuser.config.arguments import positive  # noqa: E402
 from xfuser.core.distributed.environment import choose_device, describe_environment  # noqa: E402
@@ -63,6 +62,7 @@ from xfuser.metrics import (  # noqa: E402
     psnr,
     read_reference,
     ssim,
+    worst_tenth,
 )
 from xfuser.model_executor.pipelines import LoadedPipeline, load_pipeline  # noqa: E402
 from xfuser.model_executor.pipelines.loading import shipped_tiny_dit  # noqa: E402
@@ -349,7 +349,7 @@ def _quiet() -> Iterator[None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("--num_images", type=positive, default=64, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=500_000, help="of the first image (default: %(default)s)")
     parser.add_argument("--batch_size", type=positive, default=16, help="default: %(default)s")

@@ -25,10 +25,9 @@ from benchmark.peer_tools import (
     frontier_picture,
     plain,
     table_of,
-    worst_tenth,
 )
 from benchmark.peers import compare
-from xfuser.metrics import psnr
+from xfuser.metrics import psnr, worst_tenth
 
 STEPS = 50
 

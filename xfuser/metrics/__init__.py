@@ -12,7 +12,7 @@ from xfuser.metrics.bootstrap import (
 from xfuser.metrics.distribution import frechet_distance, gaussian, kernel_distance
 from xfuser.metrics.features import FeatureNetwork
 from xfuser.metrics.reference import Reference, read_reference, write_reference
-from xfuser.metrics.similarity import psnr, ssim
+from xfuser.metrics.similarity import psnr, ssim, worst_tenth
 
 __all__ = [
     "FeatureNetwork",
@@ -30,5 +30,6 @@ __all__ = [
     "psnr",
     "read_reference",
     "ssim",
+    "worst_tenth",
     "write_reference",
 ]

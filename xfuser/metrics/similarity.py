@@ -40,6 +40,12 @@ def ssim(images: np.ndarray, references: np.ndarray) -> np.ndarray:
     )
 
 
+def worst_tenth(values: np.ndarray) -> float:
+    """The mean of the lowest tenth of the values [N], of at least one: what a mean over all of them hides."""
+    count = max(1, round(len(values) / 10))
+    return float(np.sort(np.asarray(values, dtype=np.float64))[:count].mean())
+
+
 def _checked(images: np.ndarray, references: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     images, references = np.asarray(images), np.asarray(references)
     if images.shape != references.shape:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 DASH = "–"
-AGAINST_UNCACHED = ("psnr", "ssim", "fid_vs_uncached")
+AGAINST_UNCACHED = ("psnr", "psnr_worst_tenth", "ssim", "fid_vs_uncached")
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,12 @@ RESULT_COLUMNS: tuple[Column, ...] = (
         "PSNR",
         "Closeness to the uncached image made from the same noise, in decibels. Higher is closer; six decibels more "
         "is about half the error.",
+    ),
+    Column(
+        "psnr_worst_tenth",
+        "Worst tenth",
+        "Mean PSNR of the tenth of the images that lost most: a mean over all hides what a cache spoils now and then.",
+        digits=1,
     ),
     Column(
         "ssim",

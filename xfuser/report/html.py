@@ -120,6 +120,8 @@ def _pairs(mapping: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _said(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
+    if isinstance(value, list) and all(isinstance(each, str) for each in value):
+        return "; ".join(value)
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
