@@ -18,9 +18,10 @@ from xfuser.core.distributed.environment import choose_device, join_processes, l
 from xfuser.core.distributed.failing import begin_together, decided_by_first, finish, watch
 from xfuser.core.distributed.mesh import ParallelMesh
 from xfuser.model_executor.cache.adacorrection.trajectory import TrajectoryConfig
-from xfuser.model_executor.parallel import check_combination, parallelize
+from xfuser.model_executor.parallel import ParallelPipeline, check_combination, parallelize
 from xfuser.model_executor.pipelines.choosing import resolve_model
 from xfuser.model_executor.pipelines.generate import batches_of, generate_images
+from xfuser.model_executor.pipelines.loading import LoadedPipeline
 from xfuser.model_executor.pipelines.model_types import MODEL_TYPES
 from xfuser.model_executor.pipelines.outline import outline
 from xfuser.model_executor.pipelines.outputs import Outputs
@@ -79,8 +80,10 @@ def run_generate(args: argparse.Namespace) -> None:
             loaded.pipeline.vae.enable_tiling()
         if args.enable_slicing:
             loaded.pipeline.vae.enable_slicing()
-        spread = parallelize(loaded.pipeline, mesh, use_torch_compile=args.use_torch_compile, **settings)
-        return finished, (loaded, request, spread)
+        return finished, (loaded, request)
+
+    def spread(loaded: LoadedPipeline) -> ParallelPipeline:
+        return parallelize(loaded.pipeline, mesh, use_torch_compile=args.use_torch_compile, **settings)
 
     document = None
     try:
@@ -88,7 +91,10 @@ def run_generate(args: argparse.Namespace) -> None:
         mesh = ParallelMesh(parallel, device)
         finished, prepared = begin_together(begin)
         if prepared is not None:
-            document = generate_images(*prepared, outputs, finished, said_of(args, cache, parallel))
+            loaded, request = prepared
+            # Not before all have loaded: ranks settle this among those that share an image.
+            parallelized = begin_together(lambda: spread(loaded))
+            document = generate_images(loaded, request, parallelized, outputs, finished, said_of(args, cache, parallel))
         elif rank() == 0:
             print(f"{args.output_dir}: all {len(finished)} images are there; nothing was left to do")
     except Exception as error:
