@@ -33,6 +33,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from xfuser.config.parser import OneLineParser  # noqa: E402
 from xfuser.core.console import quiet_libraries  # noqa: E402
 
 quiet_libraries()
@@ -227,7 +228,7 @@ def table_of(rows: list[Row], args: argparse.Namespace, device: torch.device) ->
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    made = OneLineParser(description=__doc__.splitlines()[0])
     made.add_argument("--device", choices=DEVICES, default="auto", help="default: %(default)s")
     made.add_argument("--processes", type=positive, help="default: the machine's GPUs, or 2 on a CPU")
     made.add_argument("--size", choices=("full", "toy"), help="default: full on GPUs, toy on a CPU")

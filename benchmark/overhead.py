@@ -9,7 +9,6 @@ times; ``speed-up``: a budget, against 1 / (1 - flops_saved).
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
@@ -25,6 +24,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from xfuser.config.parser import OneLineParser  # noqa: E402
 from xfuser.core.console import quiet_libraries  # noqa: E402
 
 quiet_libraries()
@@ -86,7 +86,7 @@ def timed(transformer: torch.nn.Module, loop: Callable[[], None]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=positive, default=30, help="counted pairs of loops (default: %(default)s)")
     parser.add_argument("--steps", type=positive, default=6, help="steps of an attached loop (default: %(default)s)")
     parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's own choice)")

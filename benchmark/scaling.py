@@ -38,6 +38,7 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from xfuser.config.parser import OneLineParser  # noqa: E402
 from xfuser.core.console import check_output_folder, quiet_libraries  # noqa: E402
 
 quiet_libraries()
@@ -66,7 +67,7 @@ LIMIT = 3600  # seconds for one number of processes
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    made = OneLineParser(description=__doc__.splitlines()[0])
     made.add_argument("--processes", type=positive, nargs="+", choices=MESHES, default=list(MESHES))
     made.add_argument("--device", choices=DEVICES, default="auto", help="default: %(default)s")
     made.add_argument("--model_type", choices=MODEL_TYPES, default="tiny-dit", help="default: %(default)s")

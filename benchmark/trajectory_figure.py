@@ -5,7 +5,6 @@ python benchmark/trajectory_figure.py --budget 0.3 --threads 1 --output docs/ima
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from xfuser.config.parser import OneLineParser  # noqa: E402
 from xfuser.core.files import replacing  # noqa: E402
 from xfuser.metrics import psnr  # noqa: E402
 from xfuser.model_executor.cache.adacorrection.trajectory import attach_trajectory  # noqa: E402
@@ -90,7 +90,7 @@ def record_of(seen: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("--budget", type=float, default=0.3, help="of the first three panels (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("trajectory.png"), help="default: %(default)s")

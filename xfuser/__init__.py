@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
-
 from xfuser.names import looked_up
 from xfuser.xdit.finder import install
 
-try:
-    __version__ = version("xfuser")
-except PackageNotFoundError:
-    __version__ = "0+source"
-
 _PUBLIC = {
+    "__version__": "xfuser.version",
     "CacheConfig": "xfuser.config",
     "CacheEngine": "xfuser.model_executor.cache",
     "EngineConfig": "xfuser.config",
@@ -35,7 +29,7 @@ _PUBLIC = {
     "xfuser.model_executor.pipelines.upstream",
 )
 
-__all__ = [*_PUBLIC, "__version__"]
+__all__ = [*_PUBLIC]
 
 # Looked up on first use: importing diffusers takes seconds, which `xdit --help` should not wait for.
 __getattr__ = looked_up(__name__, _PUBLIC)

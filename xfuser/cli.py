@@ -43,10 +43,18 @@ START_CALIBRATE = """start with:
 """
 
 
+class _Version(argparse.Action):
+    """Looks the version up only where it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *unused: object) -> None:
+        from xfuser.version import __version__
+
+        parser._print_message(f"{parser.prog} {__version__}\n", sys.stdout)
+        parser.exit()
+
+
 def build_parser() -> OneLineParser:
     """Make the parser of all commands."""
-    from xfuser import __version__
-
     parser = OneLineParser(
         prog="xdit",
         usage="xdit [generate] ... | xdit calibrate ... | xdit --version",
@@ -54,7 +62,7 @@ def build_parser() -> OneLineParser:
         epilog=START + "\nxdit generate --help lists all settings.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"xdit {__version__}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="command", prog="xdit")
     _add_generate(commands)
     _add_calibrate(commands)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -53,13 +53,12 @@ def test_help_is_there_at_once(arguments: list[str]) -> None:
         f"import sys; from xfuser.cli import main\ntry: main({arguments})\n"
         f"except SystemExit: print('imported', [each for each in {HEAVY} if each in sys.modules])"
     )
-    seconds = []
-    while len(seconds) < 5 and min(seconds, default=LIMIT) >= LIMIT:  # another process may be busy
-        begin = time.perf_counter()
-        ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - begin)
-        assert ended.stdout.rstrip().endswith("imported []")
-    assert min(seconds) < LIMIT
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert ended.stdout.rstrip().endswith("imported []")
+    # Of the processor: a clock on the wall would measure what else the machine does.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < LIMIT
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,6 +125,9 @@ def test_a_mistake_is_one_line(
         (["--warmup_steps", "4"], "--warmup_steps"),
         (["--use_cache", "Fb", "--adacorr_gamma", "2"], "--adacorr_gamma"),
         (["--use_cache", "Fb", "--significance", "0.1"], "--significance"),
+        (["--use_cache", "Tea", "--interval", "3"], "--interval"),
+        (["--use_cache", "Tea", "--sync", "step"], "--sync"),
+        (["--model", "flux", "--prompt", "a", "--true_cfg_scale", "0.5"], "--true_cfg_scale"),
         (["--resume", "--target_speedup", "2", "--calibration", "first"], "--resume"),
         (["--model", "sd3", "--prompt", "a", "--negative_prompt", "b", "--guidance_scale", "1"], "--negative_prompt"),
     ],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 
-from xfuser.config.arguments import cache_method
+from xfuser.config.arguments import READS, cache_method, named_settings
 from xfuser.config.cache import FIRST
 from xfuser.config.parallel import ParallelConfig
 from xfuser.core.spelling import did_you_mean
@@ -81,6 +81,8 @@ def check_generation(args: argparse.Namespace, parallel: ParallelConfig) -> None
     in_calls = DECLARATIONS[spec.transformer_class].guidance == "calls"
     if args.true_cfg_scale is not None and not in_calls:
         raise ValueError(f"--true_cfg_scale does not go with --model_type {args.model_type}; use --guidance_scale")
+    if args.true_cfg_scale is not None and args.true_cfg_scale < 1:
+        raise ValueError(f"--true_cfg_scale {args.true_cfg_scale:g}: there is no guidance below 1; use one above it")
     true_cfg = args.true_cfg_scale is not None and args.true_cfg_scale > 1
     if in_calls and true_cfg != (args.negative_prompt is not None):
         raise ValueError("--negative_prompt and --true_cfg_scale above 1 go together; name both or neither")
@@ -107,6 +109,11 @@ def check_cache(args: argparse.Namespace) -> None:
         with_one = ", ".join(MODEL_TYPES[args.model_type].thresholds)
         said = "no base method is named" if method is None else f"--use_cache {method} has none"
         raise ValueError(f"--rel_l1_thresh is a base method's threshold, and {said}; add --use_cache ({with_one})")
+    for name in named_settings(args).keys() - {"calibration"}:
+        readers = [each for each, read in READS.items() if name in read]
+        if method not in readers and not (name == "sync" and args.adacorr_mode == "gate"):
+            also = " or --adacorr_mode gate" if name == "sync" else ""
+            raise ValueError(f"--{name} belongs to --use_cache {readers[0]}{also}; leave it out")
     if args.resume and args.calibration == FIRST:
         raise ValueError("--resume with --calibration first would learn again, from other images; use a file")
 
