@@ -130,7 +130,7 @@ def _remedy(run: Run) -> str:
         return "raise --interval, or take more steps"
     if config.use_cache == "Fast":
         # Its second test, for noise, is in the way at any threshold where inputs change more than they did at first.
-        return "raise its threshold; where that does not help, its test for noise never passes on this model (docs/methods.md)"
+        return "raise its threshold; where that does not help, its test for noise never passes here (docs/methods.md)"
     return "raise its threshold, or take more steps"
 
 

@@ -89,7 +89,7 @@ def test_an_uncached_row_that_fails_ends_the_run(tiny: LoadedPipeline, tripwire:
 
 def test_a_cache_that_never_hits_is_marked(tiny: LoadedPipeline) -> None:
     rows, judge = tea_rows(NEVER_HITS), Judge(tiny, None)
-    runs = measure(tiny, rows, SAMPLING, judge.see)
+    runs = measure(tiny, rows, replace(SAMPLING, batch_size=2), judge.see)
     assert failures(runs) == {}
     assert [run.row.method for run in runs if run.inactive] == [row.method for row in rows[1:]]
     document = {"results": judge.results(runs, {})}
