@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from launching import start, wait
 from pool import Pool
 
 from xfuser.core.distributed import (
@@ -137,3 +139,24 @@ def test_ulysses_and_ring_within_the_sequence(four: Pool) -> None:
         ((0, 1, 2, 3), (0, 2), (1, 2), [2, 3], [0, 2]),
         ((0, 1, 2, 3), (1, 2), (1, 2), [2, 3], [1, 3]),
     ]
+
+
+BY_HAND = """
+import sys, torch
+from xfuser.core.distributed import get_world_group, init_distributed_environment
+from xfuser.core.distributed.parallel_state import destroy_distributed_environment
+
+rank, port = map(int, sys.argv[1:])
+init_distributed_environment(2, rank, distributed_init_method=f"tcp://localhost:{port}", local_rank=7 + rank)
+group = get_world_group()
+print(group.rank, group.local_rank, group.all_gather(torch.tensor([rank + 5])).tolist())
+destroy_distributed_environment()
+"""
+
+
+def test_processes_that_no_launcher_has_started_meet_at_a_url() -> None:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    ended = wait([start("-c", BY_HAND, str(rank), str(port)) for rank in range(2)], limit=120)
+    assert [(each.code, each.out) for each in ended] == [(0, "0 7 [5, 6]\n"), (0, "1 8 [5, 6]\n")]

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+
+class WeakGroup:
+    """torch's group, for as long as the job lasts.
+
+    A script keeps the groups that it asked for until it ends, and a process that still holds one of torch's at its very
+    end is seldom, but at times aborted by the threads of the communication library.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self._group = None if group is None else weakref.ref(group)
+
+    def __call__(self) -> dist.ProcessGroup | None:
+        return None if self._group is None else self._group()
 
 
 @dataclass(frozen=True)
@@ -18,14 +33,19 @@ class Group:
         rank: This process's rank in the job.
         local_rank: Its number on its machine.
         device: Where it computes.
-        device_group: torch's group for what lies on the device; ``None`` where the job is one process alone.
+        members: torch's group of them; ``None`` where the job is one process alone.
     """
 
     ranks: tuple[int, ...]
     rank: int
     local_rank: int
     device: torch.device
-    device_group: dist.ProcessGroup | None
+    members: WeakGroup
+
+    @property
+    def device_group(self) -> dist.ProcessGroup | None:
+        """torch's group for what lies on the device; ``None`` where the job is one process alone, or is over."""
+        return self.members()
 
     @property
     def world_size(self) -> int:
@@ -145,17 +165,27 @@ class SequenceGroup(Group):
     """Ranks that share the tokens of an image, and within them those of Ulysses and of the ring.
 
     Args:
-        ulysses_group: torch's group of the ranks that exchange tokens for heads.
-        ring_group: torch's group of the ranks that pass keys and values round.
+        ulysses: torch's group of the ranks that exchange tokens for heads.
+        ring: torch's group of the ranks that pass keys and values round.
         ulysses_rank: This process's place among the first.
         ulysses_world_size: How many those are.
         ring_rank: This process's place among the second.
         ring_world_size: How many those are.
     """
 
-    ulysses_group: dist.ProcessGroup | None
-    ring_group: dist.ProcessGroup | None
+    ulysses: WeakGroup
+    ring: WeakGroup
     ulysses_rank: int
     ulysses_world_size: int
     ring_rank: int
     ring_world_size: int
+
+    @property
+    def ulysses_group(self) -> dist.ProcessGroup | None:
+        """torch's group of the ranks that exchange tokens for heads."""
+        return self.ulysses()
+
+    @property
+    def ring_group(self) -> dist.ProcessGroup | None:
+        """torch's group of the ranks that pass keys and values round."""
+        return self.ring()

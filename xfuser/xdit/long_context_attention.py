@@ -7,13 +7,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from yunchang import LongContextAttention
 from yunchang.comm.all_to_all import SeqAllToAll4D
-from yunchang.globals import HAS_FLASH_ATTN, PROCESS_GROUP
+from yunchang.globals import HAS_FLASH_ATTN
+from yunchang.hybrid.utils import RING_IMPL_DICT
 from yunchang.kernels import AttnType
 
 from xfuser.core.attention.sequence import torch_kernel
-from xfuser.core.distributed.parallel_state import current_mesh
+from xfuser.core.distributed.parallel_state import get_sp_group
 
 _STRATEGIES = ("front", "rear")
 _RINGS = ("basic", "zigzag", "strip")
@@ -22,7 +22,7 @@ _TORCH = [kind for kind in AttnType if kind.name.startswith("TORCH")]
 
 
 class xFuserLongContextAttention(nn.Module):  # noqa: N801 (xDiT's name)
-    """Attention of a rank's own queries over all keys and values of its sequence group, over yunchang's.
+    """Attention of a rank's own queries over all keys and values of its sequence group, by yunchang's exchanges.
 
     The ulysses group exchanges tokens for heads, the ring passes keys and values round; both are those of the degrees
     in force when it is made.
@@ -58,11 +58,10 @@ class xFuserLongContextAttention(nn.Module):  # noqa: N801 (xDiT's name)
             raise ValueError("use_kv_cache is not supported: xfuser.parallelize(pipeline, mesh) runs PipeFusion")
         if ring_impl_type not in _RINGS:
             raise ValueError(f"ring_impl_type={ring_impl_type!r} is not supported; choose one of {', '.join(_RINGS)}")
-        mesh = current_mesh()
-        self.ulysses_pg, self.ring_pg = mesh.group("ulysses"), mesh.group("ring")
+        self._group = get_sp_group()
         self.use_pack_qkv, self.use_sync = use_pack_qkv, use_sync
         self.scatter_idx, self.gather_idx, self.ring_impl_type = scatter_idx, gather_idx, ring_impl_type
-        flash = HAS_FLASH_ATTN and mesh.device.type != "cpu"
+        flash = HAS_FLASH_ATTN and self._group.device.type != "cpu"
         kind: Any = attn_type
         if attn_processor is None and (attn_type in _TORCH or (attn_type is None and not flash)):
             # yunchang's own torch kernel gives zeros for the log-sum-exp, by which a ring adds up its parts; a kind
@@ -71,12 +70,19 @@ class xFuserLongContextAttention(nn.Module):  # noqa: N801 (xDiT's name)
         elif attn_type is None:
             kind = AttnType.FA if attn_processor is None else "own"
         self._kind, self._kernel = kind, attn_processor
-        self._ring = None
-        if mesh.mesh is not None:
-            PROCESS_GROUP.ULYSSES_PG, PROCESS_GROUP.RING_PG = self.ulysses_pg, self.ring_pg
-            self._ring = LongContextAttention(ring_impl_type=ring_impl_type).ring_attn_fn
-        elif self._kernel is None:
+        self._ring = None if self.ring_pg is None else RING_IMPL_DICT[ring_impl_type]
+        if self._ring is None and self._kernel is None:
             raise ValueError(f"attn_type={attn_type} needs processes that torchrun has started; leave it out")
+
+    @property
+    def ulysses_pg(self) -> dist.ProcessGroup | None:
+        """torch's group of the ranks that exchange tokens for heads."""
+        return self._group.ulysses_group
+
+    @property
+    def ring_pg(self) -> dist.ProcessGroup | None:
+        """torch's group of the ranks that pass keys and values round."""
+        return self._group.ring_group
 
     def forward(
         self,

@@ -24,7 +24,7 @@ from xfuser.core.distributed.environment import (
 from xfuser.core.distributed.environment import local_rank as local_rank_of_launcher
 from xfuser.core.distributed.mesh import ParallelMesh
 from xfuser.names import looked_up
-from xfuser.xdit.groups import Group, SequenceGroup
+from xfuser.xdit.groups import Group, SequenceGroup, WeakGroup
 
 __getattr__ = looked_up(__name__, {})
 
@@ -224,8 +224,8 @@ def get_sp_group() -> SequenceGroup:
     mesh = current_mesh()
     return SequenceGroup(
         *_group(mesh.sequence),
-        ulysses_group=mesh.group("ulysses"),
-        ring_group=mesh.group("ring"),
+        ulysses=WeakGroup(mesh.group("ulysses")),
+        ring=WeakGroup(mesh.group("ring")),
         ulysses_rank=mesh.rank("ulysses"),
         ulysses_world_size=mesh.degree("ulysses"),
         ring_rank=mesh.rank("ring"),
@@ -235,12 +235,12 @@ def get_sp_group() -> SequenceGroup:
 
 def _group(
     members: dist.ProcessGroup | None,
-) -> tuple[tuple[int, ...], int, int, torch.device, dist.ProcessGroup | None]:
+) -> tuple[tuple[int, ...], int, int, torch.device, WeakGroup]:
     """What a `Group` consists of."""
     assert _process.device is not None
     ranks = (0,) if members is None else tuple(dist.get_process_group_ranks(members))
     rank = 0 if members is None else dist.get_rank()
-    return ranks, rank, _process.local_rank, _process.device, members
+    return ranks, rank, _process.local_rank, _process.device, WeakGroup(members)
 
 
 def get_data_parallel_world_size() -> int:
