@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,22 @@ from torch import nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from xfuser.model_executor.cache.attach import Replacement
+
+
+def check_compiled(blocks: Sequence[nn.Module], breaks: bool) -> None:
+    """Refuse blocks that are compiled and whose graphs cannot be entered beneath a wrapper (ValueError).
+
+    Args:
+        blocks: The blocks.
+        breaks: As for `CompilableBlock`.
+    """
+    for block in blocks:
+        hooks = len(block._forward_hooks) + len(block._forward_pre_hooks)
+        if getattr(block, "_compiled_call_impl", None) is not None and (hooks or breaks):
+            why = "has hooks" if hooks else "is to be evaluated on some of its tokens"
+            raise ValueError(
+                f"a {type(block).__name__} is compiled already and {why}; attach the cache first, then compile"
+            )
 
 
 class CompilableBlock:
@@ -24,9 +40,6 @@ class CompilableBlock:
         block: The block.
         wrap: Makes the wrapper from the block's own forward.
         breaks: Whether attention modules within the block are wrapped as well, so that there is no full graph of it.
-
-    Raises:
-        ValueError: It was compiled already, and cannot be entered from beneath the wrapper.
     """
 
     def __init__(
@@ -37,7 +50,6 @@ class CompilableBlock:
         self._asked: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._compiled: Callable[..., Any] | None = None
         if self._before is not None:
-            self._check_compiled()
             self._compiled = self._enter
             block._compiled_call_impl = None
         self._forward = Replacement(block, "forward", lambda original: wrap(self._evaluating(original)))
@@ -51,14 +63,6 @@ class CompilableBlock:
         if self._asked is not None:
             args, kwargs = self._asked
             self._block.compile(*args, **kwargs)
-
-    def _check_compiled(self) -> None:
-        hooks = len(self._block._forward_hooks) + len(self._block._forward_pre_hooks)
-        if hooks or self._breaks:
-            why = "has hooks" if hooks else "is to be evaluated on some of its tokens"
-            raise ValueError(
-                f"a {type(self._block).__name__} is compiled already and {why}; attach the cache first, then compile"
-            )
 
     def _evaluating(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def evaluate(*args: Any, **kwargs: Any) -> Any:

@@ -24,7 +24,7 @@ from xfuser.model_executor.cache.attach import (
 )
 from xfuser.model_executor.cache.calibrating import Calibrator
 from xfuser.model_executor.cache.calibration import Calibration, describe_model
-from xfuser.model_executor.cache.compiling import CompilableBlock
+from xfuser.model_executor.cache.compiling import CompilableBlock, check_compiled
 from xfuser.model_executor.cache.deliberation import Deliberation
 from xfuser.model_executor.cache.execution import Execution
 from xfuser.model_executor.cache.flops import FlopCount, StepFlops, signature
@@ -76,6 +76,7 @@ class CacheEngine:
         self._scheduler: Any = None
         self._follower: PipelineFollower | None = None
         self._build(transformer, declaration, calibration)
+        check_compiled(self.blocks, self._wraps_attention)
         self._attach()
 
     def _build(self, transformer: nn.Module, declaration: ModelDeclaration, calibration: Calibration | None) -> None:
@@ -235,6 +236,7 @@ class CacheEngine:
         check_transformer_free(transformer)
         check_no_other_cache(transformer)
         declaration.check_return_order(self.config.return_hidden_states_first)
+        check_compiled(declaration.blocks(transformer), self._wraps_attention)
         before, scheduler = self.calibrator, self._scheduler
         calibration = before.moved(transformer, declaration.blocks(transformer), scheduler)
         self._detach()
@@ -253,10 +255,13 @@ class CacheEngine:
         if hasattr(self.transformer, "cache_context"):
             wrap = named_contexts(self._note_context)
             self._replacements.append(Replacement(self.transformer, "cache_context", wrap))
-        within = self.execution.attach()
         for index, block in enumerate(self.blocks):
-            self._replacements.append(CompilableBlock(block, self._block_wrapper(index), bool(within)))
-        self._replacements += within
+            self._replacements.append(CompilableBlock(block, self._block_wrapper(index), self._wraps_attention))
+        self._replacements += self.execution.attach()
+
+    @property
+    def _wraps_attention(self) -> bool:
+        return self.execution.tokens is not None
 
     def _detach(self) -> None:
         self._flush()
