@@ -53,8 +53,8 @@ setup(
         # flash-attn compiles against the installed torch: install xfuser first,
         # then `pip install --no-build-isolation "xfuser[gpu]"`.
         "gpu": ["flash-attn>=2.6"],
-        "ray": ["ray[default]>=2.30"],
-        "test": ["pytest>=8.0", "ruff>=0.9", "peft>=0.15"],
+        "ray": ["ray>=2.30"],
+        "test": ["pytest>=8.0", "ruff>=0.9", "peft>=0.15", "ray>=2.30"],
     },
     entry_points={"console_scripts": ["xdit = xfuser.cli:main"]},
     zip_safe=False,
