@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -28,9 +26,10 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
-from safetensors.torch import load_file, save_file
+from rich.progress import track
+from safetensors.torch import save_file
 from torch import nn
+from training import Plan, Training, normalise_latents, replace_file
 
 from xfuser.metrics.features import FeatureNetwork
 
@@ -52,99 +51,11 @@ def unit(images: torch.Tensor) -> torch.Tensor:
     return images.float() / 255
 
 
-def replace_file(path: Path, write: Callable[[Path], None]) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    write(temporary)
-    os.replace(temporary, path)
-
-
-class Training:
-    """One stage's loop: batches that depend on the seed and step only, EMA, checkpoints that resume."""
-
-    def __init__(
-        self, name: str, module: nn.Module, args: argparse.Namespace, *, steps: int, learning_rate: float, ema: float
-    ) -> None:
-        self.name, self.module, self.args, self.steps, self.ema_decay = name, module, args, steps, ema
-        self.learning_rate = learning_rate
-        self.optimizer = torch.optim.AdamW(
-            module.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
-        )
-        self.ema = {key: value.detach().clone().float() for key, value in module.state_dict().items()}
-        self.path = args.workdir / f"{name}.safetensors"
-        self.step = 0
-        if self.path.exists():
-            self._restore()
-
-    def run(self, loss_at: Callable[[torch.Tensor, torch.Generator], torch.Tensor], size: int) -> None:
-        """Train to the last step. ``loss_at(indices, generator)`` returns the loss of one batch."""
-        columns = (TextColumn(f"{self.name:12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, TextColumn("loss {task.fields[loss]:.4f}")) as progress:
-            task = progress.add_task(self.name, total=self.steps, completed=self.step, loss=float("nan"))
-            average = None
-            while self.step < self.steps:
-                generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.step)
-                indices = torch.randint(0, size, (self.args.batch_size,), generator=generator)
-                for group in self.optimizer.param_groups:
-                    group["lr"] = self.learning_rate * self._schedule()
-                loss = loss_at(indices, generator)
-                loss.backward()
-                nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
-                self.optimizer.step()
-                self.optimizer.zero_grad(set_to_none=True)
-                self.step += 1
-                self._update_ema()
-                average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
-                progress.update(task, completed=self.step, loss=average)
-                if self.step % self.args.checkpoint_every == 0 or self.step == self.steps:
-                    self._save()
-                    progress.console.print(f"{self.name} step {self.step} loss {average:.4f}")
-
-    def averaged(self) -> nn.Module:
-        """The module with its averaged weights, in evaluation mode."""
-        self.module.load_state_dict(self.ema)
-        return self.module.eval().requires_grad_(False)
-
-    def _schedule(self) -> float:
-        warmup = min(1.0, (self.step + 1) / 100)
-        return warmup * 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
-
-    @torch.no_grad()
-    def _update_ema(self) -> None:
-        decay = min(self.ema_decay, self.step / (self.step + 10))
-        for key, value in self.module.state_dict().items():
-            if value.is_floating_point():
-                self.ema[key].lerp_(value.float(), 1 - decay)
-            else:
-                self.ema[key].copy_(value)
-
-    def _save(self) -> None:
-        tensors = {f"module.{key}": value.contiguous() for key, value in self.module.state_dict().items()}
-        tensors |= {f"ema.{key}": value.contiguous() for key, value in self.ema.items()}
-        for index, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{key}": value.contiguous() for key, value in state.items()}
-        metadata = {"step": str(self.step)}
-        replace_file(self.path, lambda path: save_file(tensors, path, metadata=metadata))
-
-    def _restore(self) -> None:
-        tensors = load_file(self.path)
-        pick = lambda prefix: {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}  # noqa: E731
-        self.module.load_state_dict(pick("module."))
-        self.ema = {key: value.clone() for key, value in pick("ema.").items()}
-        state: dict[int, dict[str, torch.Tensor]] = {}
-        for key, value in pick("optimizer.").items():
-            index, name = key.split(".")
-            state.setdefault(int(index), {})[name] = value
-            self.step = int(state[int(index)].get("step", torch.tensor(self.step)))
-        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
-
-
 def train_classifier(args: argparse.Namespace) -> FeatureNetwork:
     if args.classifier:
         return FeatureNetwork.load(args.classifier)
     images, labels = load_images(args.data, "train")
-    training = Training(
-        "classifier", FeatureNetwork(), args, steps=args.classifier_steps, learning_rate=2e-3, ema=0.995
-    )
+    training = Training("classifier", FeatureNetwork(), args.plan(args.classifier_steps, 2e-3, 0.995))
 
     def loss_at(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         batch = F.pad(unit(images[indices]), (2, 2, 2, 2))
@@ -173,9 +84,7 @@ def build_autoencoder() -> AutoencoderKL:
 
 def train_autoencoder(args: argparse.Namespace, judge: FeatureNetwork) -> AutoencoderKL:
     images, _ = load_images(args.data, "train")
-    training = Training(
-        "autoencoder", build_autoencoder(), args, steps=args.autoencoder_steps, learning_rate=2e-3, ema=0.995
-    )
+    training = Training("autoencoder", build_autoencoder(), args.plan(args.autoencoder_steps, 2e-3, 0.995))
     vae = training.module
 
     def loss_at(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -211,23 +120,6 @@ def recognise(judge: FeatureNetwork, vae: AutoencoderKL, latents: torch.Tensor) 
     """The class that the classifier reads in each decoded latent, shape [N]."""
     decoded = (vae.decode(batch).sample / 2 + 0.5 for batch in latents.split(256))
     return torch.cat([judge.classify(images.clamp(0, 1)).argmax(1) for images in decoded])
-
-
-@torch.no_grad()
-def normalise_latents(vae: AutoencoderKL, images: torch.Tensor) -> None:
-    """Fold each latent channel's mean and deviation into the 1 x 1 convolutions around the latents.
-
-    DiTPipeline knows one scaling factor for all channels and no shift, so the latents themselves must be standard.
-    """
-    latents = encode_images(vae, images)
-    mean, deviation = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
-    channels = len(mean)
-    quant, post = vae.quant_conv, vae.post_quant_conv
-    post.bias += post.weight[:, :, 0, 0] @ mean
-    post.weight *= deviation[None, :, None, None]
-    quant.bias[:channels] = (quant.bias[:channels] - mean) / deviation
-    quant.weight[:channels] /= deviation[:, None, None, None]
-    quant.bias[channels:] -= 2 * deviation.log()
 
 
 def report_reconstructions(args: argparse.Namespace, judge: FeatureNetwork, vae: AutoencoderKL) -> None:
@@ -276,9 +168,7 @@ def train_transformer(args: argparse.Namespace, judge: FeatureNetwork, vae: Auto
     recognised = recognise(judge, vae, latents) == labels
     print(f"transformer  leaves out {int((~recognised).sum())} of {len(labels)} images that the classifier misreads")
     latents, labels = latents[recognised], labels[recognised]
-    training = Training(
-        "transformer", build_transformer(), args, steps=args.transformer_steps, learning_rate=1e-3, ema=0.998
-    )
+    training = Training("transformer", build_transformer(), args.plan(args.transformer_steps, 1e-3, 0.998))
     scheduler = build_scheduler()
     times = scheduler.config.num_train_timesteps
 
@@ -381,6 +271,8 @@ def parse_args() -> argparse.Namespace:
         parser.error(f"--classifier: no file {args.classifier}")
     if args.precision == "auto":
         args.precision = "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+    kept = {"seed": args.seed, "checkpoint_every": args.checkpoint_every, "batch_size": args.batch_size}
+    args.plan = partial(Plan, args.workdir, **kept)
     args.autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=args.precision == "bf16")
     return args
 
@@ -394,7 +286,7 @@ def main() -> None:
     judge = train_classifier(args)
     if last >= 1:
         vae = train_autoencoder(args, judge)
-        normalise_latents(vae, load_images(args.data, "train")[0][::7])
+        normalise_latents(vae, encode_images(vae, load_images(args.data, "train")[0][::7]))
         report_reconstructions(args, judge, vae)
     if last >= 2:
         dit = train_transformer(args, judge, vae)

@@ -11,11 +11,18 @@ FLUX = {"Fast": 0.05, "Tea": 0.4, "Fb": 0.08}
 PIXART = {"Fast": 0.05, "Tea": 0.05, "Fb": 0.017}
 SD3 = {"Fast": 0.05, "Tea": 0.04, "Fb": 0.07}
 
-# What tells the shipped model from other DiTs, in its transformer's configuration.
+# What tells the shipped models from others of their pipelines, in their transformers' configurations.
 TINY_DIT_CONFIGURATION = {
     "num_layers": 12,
     "num_attention_heads": 4,
     "attention_head_dim": 24,
     "sample_size": 8,
     "patch_size": 1,
+}
+TINY_FLUX_CONFIGURATION = {
+    "num_layers": 6,
+    "num_single_layers": 6,
+    "num_attention_heads": 4,
+    "attention_head_dim": 28,
+    "in_channels": 16,
 }

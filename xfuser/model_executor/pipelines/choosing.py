@@ -9,9 +9,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from xfuser.config.thresholds import TINY_DIT_CONFIGURATION
 from xfuser.core.spelling import did_you_mean
-from xfuser.model_executor.pipelines.model_types import DEFAULT_MODEL_TYPE, MODEL_TYPES, SHORT_NAMES
+from xfuser.model_executor.pipelines.model_types import MODEL_TYPES, SHORT_NAMES
 
 INDEX = "model_index.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -101,19 +100,22 @@ def _type_of(source: str, named: str | None) -> str:
     if named is not None:
         if named not in fitting:
             raise ValueError(
-                f"--model {source} is a {pipeline} (--model_type {fitting[-1]}), and --model_type is {named}; leave "
-                "--model_type out"
+                f"--model {source} is a {pipeline} (--model_type {_general(fitting)}), and --model_type is {named}; "
+                "leave --model_type out"
             )
         return named
-    if DEFAULT_MODEL_TYPE in fitting:
-        return DEFAULT_MODEL_TYPE if _is_tiny_dit(Path(source)) else "dit"
-    return fitting[0]
+    return next((name for name in fitting if _is_shipped(name, Path(source))), _general(fitting))
 
 
-def _is_tiny_dit(folder: Path) -> bool:
-    """Whether a DiT has the configuration of the one that comes with the package."""
-    path = folder / "transformer" / "config.json"
-    if not path.is_file():
+def _general(fitting: list[str]) -> str:
+    """The type of those that asks for no certain configuration."""
+    return next(name for name in fitting if not MODEL_TYPES[name].configuration)
+
+
+def _is_shipped(model_type: str, folder: Path) -> bool:
+    """Whether a model has the configuration of the type's own, which comes with the package."""
+    wanted, path = MODEL_TYPES[model_type].configuration, folder / "transformer" / "config.json"
+    if not wanted or not path.is_file():
         return False
     found = json.loads(path.read_text(encoding="utf-8"))
-    return all(found.get(name) == value for name, value in TINY_DIT_CONFIGURATION.items())
+    return all(found.get(name) == value for name, value in wanted.items())

@@ -84,11 +84,11 @@ class LoadedPipeline:
             arguments["class_labels"] = conditions
         else:
             toy = self.name == f"{TOY}-{self.model_type}"
-            size = SIZE if toy else None
-            arguments |= {"prompt": conditions, "height": height or size, "width": width or size}
-            if toy:
-                arguments |= self.spec.toy_arguments
+            own = {"height": SIZE, "width": SIZE} | self.spec.toy_arguments if toy else self.spec.call_arguments
+            arguments |= {"prompt": conditions, "height": None, "width": None} | own
             named = {
+                "height": height,
+                "width": width,
                 "negative_prompt": negative_prompts,
                 "true_cfg_scale": true_cfg_scale,
                 "max_sequence_length": max_sequence_length,
@@ -133,10 +133,14 @@ def source_of(model_type: str, model: str | None) -> str:
     """The folder or hub id that is loaded, or `TOY`.
 
     Raises:
-        ValueError: A toy was asked for, and there is none.
+        ValueError: A toy was asked for, and there is none; or the type's own model is not in this installation.
     """
     spec = MODEL_TYPES[model_type]
     source = model or (str(spec.default()) if callable(spec.default) else spec.default or TOY)
+    if model is None and callable(spec.default) and not spec.default().is_dir():
+        script = f"scripts/train_{model_type.replace('-', '_')}.py"
+        said = f"{model_type} is not in this installation"
+        raise ValueError(f"{said}; train it with {script}, and name its folder with --model")
     if source == TOY and spec.toy is None:
         raise ValueError(f"there is no toy model of type {model_type!r}; name a folder or a hub id")
     return source

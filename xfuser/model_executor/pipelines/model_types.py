@@ -22,6 +22,11 @@ def shipped_tiny_dit() -> Path:
     return Path(str(files("xfuser") / "assets" / "tiny-dit"))
 
 
+def shipped_tiny_flux() -> Path:
+    """The folder of the tiny-flux that comes with the package, where it does."""
+    return Path(str(files("xfuser") / "assets" / "tiny-flux"))
+
+
 def _toy(family: str) -> Callable[[], DiffusionPipeline]:
     def build() -> DiffusionPipeline:
         module = importlib.import_module(f"xfuser.model_executor.pipelines.toy_{family}")
@@ -45,6 +50,8 @@ class ModelType:
         evaluated: Whether the shipped feature network can judge its images.
         toy: Builds a pipeline of this family with random weights.
         toy_arguments: What a call of the toy needs besides, where it differs from the pipeline's own defaults.
+        call_arguments: The same for any other model of the type.
+        configuration: What tells its models from others of the same pipeline, in their transformer's configuration.
     """
 
     transformer_class: str
@@ -56,6 +63,8 @@ class ModelType:
     evaluated: bool = False
     toy: Callable[[], DiffusionPipeline] | None = None
     toy_arguments: dict[str, Any] = field(default_factory=dict)
+    call_arguments: dict[str, Any] = field(default_factory=dict)
+    configuration: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def pipeline_classes(self) -> tuple[type[DiffusionPipeline], ...]:
@@ -75,6 +84,7 @@ MODEL_TYPES = {
         1.5,
         thresholds.TINY_DIT,
         evaluated=True,
+        configuration=thresholds.TINY_DIT_CONFIGURATION,
     ),
     "dit": ModelType(
         "DiTTransformer2DModel",
@@ -93,6 +103,19 @@ MODEL_TYPES = {
         thresholds.FLUX,
         toy=_toy("flux"),
         toy_arguments=SHORT,
+    ),
+    "tiny-flux": ModelType(
+        "FluxTransformer2DModel",
+        ("FluxPipeline",),
+        shipped_tiny_flux,
+        "prompt",
+        2.0,
+        thresholds.FLUX,
+        toy=_toy("flux"),
+        toy_arguments=SHORT,
+        # FluxPipeline would draw 512 x 512 pixels with 512 text tokens; this model was trained on these.
+        call_arguments={"height": 64, "width": 64, "max_sequence_length": 16},
+        configuration=thresholds.TINY_FLUX_CONFIGURATION,
     ),
     "pixart": ModelType(
         "PixArtTransformer2DModel",

@@ -53,7 +53,7 @@ def outline(model_type: str, model: str | None = None, height: int | None = None
             autoencoder = AutoencoderKL.load_config(source, subfolder="vae")
         except (OSError, ValueError, KeyError) as error:
             raise unloadable(source, spec, error) from error
-        size = None
+        size = spec.call_arguments.get("height")
         if transformer.get("_class_name") != spec.transformer_class:
             raise ValueError(
                 f"{source!r} has a {transformer.get('_class_name')}; --model_type {model_type} wants a "

@@ -1,0 +1,326 @@
+"""Train ``tiny-flux``, the small text-to-image FLUX that draws captioned emoji.
+
+Stages, each resumable and chosen with --stages (all by default):
+
+- ``autoencoder``: an AutoencoderKL of 64 x 64 images with 4 channels at 16 x 16; FLUX packs them into 64 tokens.
+- ``text``: a CLIP and a T5 encoder with their tokenizers, trained together with the image-text matcher: phrases find
+  their images and foretell their thumbnails. They are frozen from there on.
+- ``coarse``: the transformer on latents of half the size (16 tokens), which cost a third and teach it what to draw.
+- ``transformer``: the transformer, from there, on all 64 tokens.
+- ``guide``: the transformer, from there, learns to foretell its own guided velocity for any guidance_scale in [1, 4]
+  (as FLUX.1-dev; Meng et al., arXiv 2210.03142), so that one evaluation a step draws what guidance needs two for.
+- ``export``: a complete diffusers.FluxPipeline folder in half precision. ``judge``: the matcher's bars and a grid.
+
+    python scripts/train_tiny_flux.py --data emoji64.npz --output xfuser/assets/tiny-flux
+
+The transformer predicts noise - x at logit-normal times (rectified flow; Esser et al., arXiv 2403.03206). A tenth of
+the phrases are dropped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from PIL import Image
+from rich.progress import track
+from safetensors.torch import load_file, save_file
+from tiny_flux_parts import (
+    SIZE,
+    T5_TOKENS,
+    Emoji,
+    Phrases,
+    TextEncoders,
+    build_autoencoder,
+    build_transformer,
+    load_emoji,
+)
+from tiny_flux_text import found, report_matcher, train_text, unit
+from training import Plan, Training, constant_then_linear, normalise_latents, replace_file
+
+from xfuser.metrics.matcher import ImageTextMatcher
+
+ROOT = Path(__file__).resolve().parent.parent
+FLOWS = ("coarse", "transformer", "guide")
+STAGES = ("autoencoder", "text", *FLOWS, "export", "judge")
+DRAWN = (
+    *("red apple", "blue heart", "cat face", "dog face", "rose", "pizza", "rocket", "automobile"),
+    *("germany flag", "japan flag", "smiling face with sunglasses", "crying face", "tiger face", "bear face"),
+    *("banana", "watermelon", "christmas tree", "white medium star", "sunflower", "key", "soccer ball", "octopus"),
+    *("crescent moon", "thumbs up sign"),
+)
+
+
+def train_autoencoder(args: argparse.Namespace, emoji: Emoji) -> AutoencoderKL:
+    """Train the autoencoder on images and on quarters of them, then make its latents standard."""
+    plan = args.plan("autoencoder", steps=args.autoencoder_steps, learning_rate=2e-3, ema=0.99, batch_size=32)
+    training = Training("autoencoder", build_autoencoder(), plan)
+    vae = training.module
+    usable = emoji.trained_on
+
+    def loss_at(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        chosen = usable[indices]
+        # Whole images a third of the time: the normalisation over a quarter differs from that over an image.
+        if torch.rand((), generator=generator) < 1 / 3:
+            target = unit(emoji.images[chosen[: len(chosen) // 4]])
+        else:
+            top, left = torch.randint(0, SIZE // 2 + 1, (2,), generator=generator).tolist()
+            target = unit(emoji.images[chosen, :, top : top + SIZE // 2, left : left + SIZE // 2])
+        target = target * 2 - 1
+        with args.autocast():
+            posterior = vae.encode(target).latent_dist
+        posterior = DiagonalGaussianDistribution(posterior.parameters.float())
+        with args.autocast():
+            decoded = vae.decode(posterior.sample(generator=generator)).sample.float()
+        edges = sum(F.l1_loss(decoded.diff(dim=d), target.diff(dim=d)) for d in (2, 3))
+        coarse = F.l1_loss(F.avg_pool2d(decoded, 4), F.avg_pool2d(target, 4))
+        divergence = posterior.kl().mean() / posterior.mean[0].numel()
+        return F.l1_loss(decoded, target) + edges + coarse + 1e-3 * divergence
+
+    training.run(loss_at, len(usable))
+    training.averaged()
+    normalise_latents(vae, encode_images(vae, emoji.images[usable[::7]]))
+    return vae
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+    """Latents [N, 4, 16, 16] of images uint8 [N, 3, 64, 64]."""
+    return torch.cat([vae.encode(unit(batch) * 2 - 1).latent_dist.mode() for batch in images.split(64)])
+
+
+def cached_latents(args: argparse.Namespace, vae: AutoencoderKL, emoji: Emoji) -> torch.Tensor:
+    """The latents of all images, kept beside the autoencoder's checkpoint for as long as that is not trained on."""
+    path, made_by = args.workdir / "latents.safetensors", args.workdir / "autoencoder.safetensors"
+    if not path.exists() or path.stat().st_mtime < made_by.stat().st_mtime:
+        latents = encode_images(vae, emoji.images)
+        replace_file(path, lambda place: save_file({"latents": latents}, place))
+    return load_file(path)["latents"]
+
+
+class Velocity:
+    """Calls a transformer as FluxPipeline does, on latents [N, 4, H, W]."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.autocast = args.autocast
+
+    def __call__(
+        self,
+        transformer: FluxTransformer2DModel,
+        noisy: torch.Tensor,
+        time: torch.Tensor,
+        guidance: torch.Tensor,
+        text: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        count, channels, height, width = noisy.shape
+        places = FluxPipeline._prepare_latent_image_ids(count, height // 2, width // 2, "cpu", torch.float32)
+        # Coarse latents lie where the four tokens that they stand for lie.
+        spread = SIZE // 4 // height
+        places[:, 1:] = places[:, 1:] * spread + (spread - 1) / 2
+        pooled, states = text
+        with self.autocast():
+            velocity = transformer(
+                hidden_states=FluxPipeline._pack_latents(noisy, count, channels, height, width),
+                timestep=time,
+                guidance=guidance,
+                pooled_projections=pooled,
+                encoder_hidden_states=states,
+                txt_ids=torch.zeros(states.shape[1], 3),
+                img_ids=places,
+                return_dict=False,
+            )[0]
+        # In pixels of the image, of which four make a latent's.
+        return FluxPipeline._unpack_latents(velocity.float(), 4 * height, 4 * width, 4)
+
+
+def train_flow(
+    args: argparse.Namespace,
+    stage: str,
+    transformer: FluxTransformer2DModel,
+    latents: torch.Tensor,
+    text: TextEncoders,
+    emoji: Emoji,
+) -> FluxTransformer2DModel:
+    """Train the stage ``coarse``, ``transformer`` or ``guide`` from the transformer that the one before it left."""
+    teacher = copy.deepcopy(transformer).eval().requires_grad_(False) if stage == "guide" else None
+    steps, rate = {
+        "coarse": (args.coarse_steps, 1.5e-3),
+        "transformer": (args.transformer_steps, 1e-3),
+        "guide": (args.guide_steps, 3e-4),
+    }[stage]
+    plan = args.plan(stage, steps=steps, learning_rate=rate, ema=args.ema, batch_size=args.batch_size)
+    training = Training(stage, transformer.train().requires_grad_(True), plan)
+    if stage == "coarse":
+        latents = F.avg_pool2d(latents, 2)
+        latents = latents / latents.std()
+    phrases, usable, velocity = Phrases(emoji), emoji.trained_on, Velocity(args)
+    nothing = text.encode([""])
+
+    def loss_at(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        chosen, count = usable[indices], len(indices)
+        said = phrases(chosen, generator)
+        if teacher is None:
+            dropped = torch.rand(count, generator=generator) < 0.1
+            said = ["" if drop else each for each, drop in zip(said, dropped.tolist(), strict=True)]
+        with torch.no_grad():
+            told = text.encode(said)
+        clean = latents[chosen]
+        noise = torch.randn(clean.shape, generator=generator)
+        time = torch.randn(count, generator=generator).sigmoid()
+        noisy = torch.lerp(clean, noise, time[:, None, None, None])
+        guidance = torch.ones(count)
+        target = noise - clean
+        if teacher is not None:
+            empty = tuple(each.expand(count, *each.shape[1:]) for each in nothing)
+            with torch.no_grad():
+                with_text, without = (velocity(teacher, noisy, time, guidance, each) for each in (told, empty))
+            guidance = 1 + 3 * torch.rand(count, generator=generator)
+            target = without + guidance[:, None, None, None] * (with_text - without)
+        return F.mse_loss(velocity(training.module, noisy, time, guidance, told), target)
+
+    training.run(loss_at, len(usable))
+    return training.averaged()
+
+
+def export(
+    args: argparse.Namespace,
+    vae: AutoencoderKL,
+    text: TextEncoders,
+    matcher: ImageTextMatcher,
+    transformer: FluxTransformer2DModel,
+) -> None:
+    """Write the pipeline in half precision, and the matcher into its folder ``evaluation``."""
+    pipeline = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae.half(),
+        text_encoder=text.clip.half(),
+        tokenizer=text.tokenizers[0],
+        text_encoder_2=text.t5.half(),
+        tokenizer_2=text.tokenizers[1],
+        transformer=transformer.half(),
+    )
+    pipeline.save_pretrained(args.output, safe_serialization=True)
+    (args.output / "evaluation").mkdir(exist_ok=True)
+    replace_file(args.output / "evaluation" / "matcher.safetensors", matcher.save)
+    size = sum(path.stat().st_size for path in args.output.rglob("*") if path.is_file())
+    print(f"export       {args.output}: {size / 1e6:.2f} MB")
+
+
+def draw(args: argparse.Namespace, prompts: list[str], seed: int) -> torch.Tensor:
+    """One image of the exported pipeline for each prompt, float32 [N, 3, 64, 64] in [0, 1]."""
+    pipeline = FluxPipeline.from_pretrained(args.output, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    batches = []
+    for start in track(range(0, len(prompts), 16), description="judge       "):
+        batch = prompts[start : start + 16]
+        images = pipeline(
+            batch,
+            height=SIZE,
+            width=SIZE,
+            num_inference_steps=args.judged_steps,
+            guidance_scale=args.guidance_scale,
+            generator=[torch.Generator().manual_seed(seed + start + index) for index in range(len(batch))],
+            max_sequence_length=T5_TOKENS,
+            output_type="np",
+        ).images
+        batches.append(torch.from_numpy(images).permute(0, 3, 1, 2))
+    return torch.cat(batches)
+
+
+def judge(args: argparse.Namespace, emoji: Emoji) -> None:
+    """Measure how often the matcher finds the captions of held-out and of generated images, and draw a grid."""
+    matcher = ImageTextMatcher.load(args.output / "evaluation" / "matcher.safetensors")
+    real = report_matcher(emoji, matcher)["held out"]
+    captions = [emoji.captions[index] for index in emoji.held_out.nonzero()[:, 0].tolist()][: args.judged]
+    share = found(matcher, draw(args, captions, seed=1000), captions)
+    print(f"judge        {len(captions)} generated images: caption in its top 10: {share:.3f} (real ones: {real:.3f})")
+    record = {"real": real, "generated": share, "images": len(captions), "steps": args.judged_steps}
+    record["guidance_scale"] = args.guidance_scale
+    text = json.dumps(record, indent=2) + "\n"
+    replace_file(args.output / "evaluation" / "matched.json", lambda path: path.write_text(text))
+    rows = [torch.cat(list(row), dim=2) for row in draw(args, list(DRAWN) * 2, seed=0).split(8)]
+    pixels = (torch.cat(rows, dim=1).permute(1, 2, 0) * 255).round().byte().numpy()
+    grid = Image.fromarray(pixels)
+    grid = grid.resize((grid.width * 2, grid.height * 2), Image.Resampling.LANCZOS)
+    args.grid.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(args.grid, lambda path: grid.save(path, format="PNG"))
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = partial(parser.add_argument)
+    add("--data", type=Path, required=True, help="emoji64.npz (images, captions, styles)")
+    add("--output", type=Path, default=ROOT / "outputs" / "tiny-flux" / "model", help="folder (default: %(default)s)")
+    add("--workdir", type=Path, default=ROOT / "outputs" / "tiny-flux", help="checkpoints (default: %(default)s)")
+    add("--stages", nargs="+", choices=STAGES, default=STAGES, help="those to run; the others' checkpoints are read")
+    add("--minutes", type=float, help="wall-clock minutes after which each stage of this run ends (default: no limit)")
+    add("--autoencoder_steps", type=int, default=6000, help="batches (default: %(default)s)")
+    add("--text_steps", type=int, default=3000, help="batches (default: %(default)s)")
+    add("--coarse_steps", type=int, default=15000, help="batches (default: %(default)s)")
+    add("--transformer_steps", type=int, default=20000, help="batches (default: %(default)s)")
+    add("--guide_steps", type=int, default=1500, help="batches (default: %(default)s)")
+    add("--thumbnail_weight", type=float, default=4.0, help="of the thumbnails' error (default: %(default)s)")
+    add("--batch_size", type=int, default=32, help="images a batch of the transformer (default: %(default)s)")
+    add("--ema", type=float, default=0.998, help="decay of the transformer's averaged weights (default: %(default)s)")
+    add("--judged", type=int, default=190, help="images to judge (default: all held-out captions)")
+    add("--judged_steps", type=int, default=28, help="denoising steps of judged images (default: %(default)s)")
+    add("--guidance_scale", type=float, default=2.0, help="of judged images (default: %(default)s)")
+    add("--grid", type=Path, default=ROOT / "docs" / "images" / "tiny_flux_samples.png", help="(default: %(default)s)")
+    add("--checkpoint_every", type=int, default=100, help="batches (default: %(default)s)")
+    add("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all, %(default)s)")
+    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    add("--precision", choices=("bf16", "fp32"), default="bf16", help="autocast (default: %(default)s)")
+    args = parser.parse_args()
+    if not args.data.is_file():
+        parser.error(f"--data: no file {args.data}")
+    args.autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=args.precision == "bf16")
+    return args
+
+
+def checkpoint(args: argparse.Namespace, stage: str) -> Path:
+    return args.workdir / f"{stage}.safetensors"
+
+
+def plan_stage(args: argparse.Namespace, stage: str, **settings: Any) -> Plan:
+    """The stage's plan: no steps for one that is not to run, which is read from its checkpoint."""
+    if stage not in args.stages:
+        if not checkpoint(args, stage).exists():
+            raise SystemExit(f"stage {stage} has no checkpoint in {args.workdir}; add it to --stages")
+        settings["steps"] = 0
+    shared = {"seed": args.seed, "checkpoint_every": args.checkpoint_every, "minutes": args.minutes}
+    return Plan(args.workdir, schedule=constant_then_linear, **shared, **settings)
+
+
+def main() -> None:
+    args = parse_args()
+    args.workdir.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    emoji = load_emoji(args.data)
+    args.plan = partial(plan_stage, args)
+    vae = train_autoencoder(args, emoji)
+    text, matcher = train_text(args, emoji)
+    report_matcher(emoji, matcher)
+    flows = [stage for stage in FLOWS if stage in args.stages or checkpoint(args, stage).exists()]
+    transformer = build_transformer()
+    if flows:
+        latents = cached_latents(args, vae, emoji)
+    for stage in flows:
+        transformer = train_flow(args, stage, transformer, latents, text, emoji)
+    if "export" in args.stages:
+        export(args, vae, text, matcher, transformer)
+    if "judge" in args.stages:
+        judge(args, emoji)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""The loop that the training scripts share: batches that depend on the seed and step only, EMA, checkpoints."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+Loss = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
+WARMUP_STEPS = 100
+
+
+def replace_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file beside its place, then rename it, so that a crash leaves the old one whole."""
+    temporary = path.with_name(f".{path.name}.partial")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def cosine(progress: float) -> float:
+    """Return the learning rate's factor at this part of the run: half a cosine from 1 to 0."""
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def constant_then_linear(progress: float) -> float:
+    """Return 1 until three quarters of the run and a straight line to 0 after: a run can be prolonged at any time."""
+    return min(1.0, 4 * (1 - progress))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how one stage trains.
+
+    Attributes:
+        workdir: Where its checkpoint lies.
+        steps: The step that it ends at.
+        learning_rate: At its highest.
+        ema: Decay of the averaged weights.
+        batch_size: Examples a step.
+        seed: Of the batches.
+        checkpoint_every: Steps between checkpoints.
+        minutes: Wall-clock minutes after which this run of the stage ends, where steps do not end it sooner.
+        schedule: The learning rate's factor at each part of the run, in [0, 1].
+    """
+
+    workdir: Path
+    steps: int
+    learning_rate: float
+    ema: float
+    batch_size: int
+    seed: int = 0
+    checkpoint_every: int = 100
+    minutes: float | None = None
+    schedule: Callable[[float], float] = cosine
+
+
+class Training:
+    """One stage's loop over a module's weights, resumed from its checkpoint where there is one."""
+
+    def __init__(self, name: str, module: nn.Module, plan: Plan) -> None:
+        self.name, self.module, self.plan = name, module, plan
+        self.optimizer = torch.optim.AdamW(
+            module.parameters(), lr=plan.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+        )
+        self.ema = {key: value.detach().clone().float() for key, value in module.state_dict().items()}
+        self.path = plan.workdir / f"{name}.safetensors"
+        self.step = 0
+        if self.path.exists():
+            self._restore()
+
+    def run(self, loss_at: Loss, size: int) -> None:
+        """Train to the last step or minute. ``loss_at(indices, generator)`` returns the loss of one batch."""
+        plan = self.plan
+        if self.step >= plan.steps:
+            return
+        started, first = time.monotonic(), self.step
+        columns = (TextColumn(f"{self.name:12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, TextColumn("loss {task.fields[loss]:.4f}")) as progress:
+            task = progress.add_task(self.name, total=plan.steps, completed=self.step, loss=float("nan"))
+            average = None
+            while self.step < plan.steps:
+                done = self.step / plan.steps
+                if plan.minutes is not None:
+                    done = max(done, (time.monotonic() - started) / (60 * plan.minutes))
+                if done >= 1:
+                    break
+                generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + self.step)
+                indices = torch.randint(0, size, (plan.batch_size,), generator=generator)
+                # A run that goes on after the rate had fallen to zero is warmed up again.
+                since = self.step - (first if plan.minutes is not None else 0)
+                warmup = min(1.0, (since + 1) / WARMUP_STEPS)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = plan.learning_rate * warmup * plan.schedule(done)
+                loss = loss_at(indices, generator)
+                loss.backward()
+                nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+                self.step += 1
+                self._update_ema()
+                average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
+                progress.update(task, completed=self.step, loss=average)
+                if self.step % plan.checkpoint_every == 0 or self.step == plan.steps:
+                    self._save()
+                    minutes = (time.monotonic() - started) / 60
+                    progress.console.print(f"{self.name} step {self.step} loss {average:.4f} after {minutes:.1f} min")
+            self._save()
+
+    def averaged(self) -> nn.Module:
+        """The module with its averaged weights, in evaluation mode."""
+        self.module.load_state_dict(self.ema)
+        return self.module.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def _update_ema(self) -> None:
+        decay = min(self.plan.ema, self.step / (self.step + 10))
+        for key, value in self.module.state_dict().items():
+            if value.is_floating_point():
+                self.ema[key].lerp_(value.float(), 1 - decay)
+            else:
+                self.ema[key].copy_(value)
+
+    def _save(self) -> None:
+        tensors = {f"module.{key}": value.contiguous() for key, value in self.module.state_dict().items()}
+        tensors |= {f"ema.{key}": value.contiguous() for key, value in self.ema.items()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{key}": value.contiguous() for key, value in state.items()}
+        # Tied weights share their storage, which safetensors refuses.
+        tensors = {key: value.clone() for key, value in tensors.items()}
+        metadata = {"step": str(self.step)}
+        replace_file(self.path, lambda path: save_file(tensors, path, metadata=metadata))
+
+    def _restore(self) -> None:
+        tensors = load_file(self.path)
+        pick = lambda prefix: {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}  # noqa: E731
+        self.module.load_state_dict(pick("module."))
+        self.ema = {key: value.clone() for key, value in pick("ema.").items()}
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for key, value in pick("optimizer.").items():
+            index, name = key.split(".")
+            state.setdefault(int(index), {})[name] = value
+            self.step = int(state[int(index)].get("step", torch.tensor(self.step)))
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
+
+@torch.no_grad()
+def normalise_latents(vae: AutoencoderKL, latents: torch.Tensor) -> None:
+    """Fold the mean and deviation of each latent channel into the 1 x 1 convolutions around the latents.
+
+    Pipelines know one scaling factor for all channels, so the latents themselves must be standard.
+    """
+    mean, deviation = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
+    channels = len(mean)
+    quant, post = vae.quant_conv, vae.post_quant_conv
+    post.bias += post.weight[:, :, 0, 0] @ mean
+    post.weight *= deviation[None, :, None, None]
+    quant.bias[:channels] = (quant.bias[:channels] - mean) / deviation
+    quant.weight[:channels] /= deviation[:, None, None, None]
+    quant.bias[channels:] -= 2 * deviation.log()
