@@ -25,6 +25,11 @@ def run_calibrate(args: argparse.Namespace) -> None:
     read_prompts(args)
     if args.output.suffix != ".safetensors":
         raise ValueError(f"--output: {str(args.output)!r} does not end in .safetensors")
+    if args.num_inference_steps is not None and args.num_inference_steps < 2:
+        raise ValueError(
+            f"--num_inference_steps {args.num_inference_steps}: one step reuses nothing, so there is nothing to learn; "
+            "take at least 2"
+        )
     check_conditions(args)
     check_output_folder(args.output.parent, "--output")
     if args.level == "trajectory":

@@ -70,7 +70,8 @@ class Calibrator:
         """Take in the generation before, and prepare for one of so many steps; whether `calibration` has changed.
 
         Raises:
-            ValueError: The calibration is for another number of steps, or there is none and the number is unknown.
+            ValueError: The calibration is for another number of steps, or there is none and the number is unknown, or
+                there is only one, from which nothing can be recorded.
         """
         self.settle()
         before = self.calibration
@@ -80,7 +81,9 @@ class Calibrator:
                 self._by_steps.clear()
                 self._learned_with = weights
             self.calibration = self._by_steps.get(num_steps)
-        if self._records_all or (self._first and self.calibration is None):
+        if self._records_all and num_steps == 1:
+            raise ValueError("calibration: one step reuses nothing, so nothing can be learned; take at least 2 steps")
+        if self._records_all or (self._first and self.calibration is None and num_steps != 1):
             if num_steps is None:
                 raise ValueError("calibration: the number of steps is unknown; set num_steps")
             if self.recorder is None or self.recorder.expected_steps != num_steps:

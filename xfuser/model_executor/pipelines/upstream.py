@@ -52,6 +52,7 @@ class xFuserPipeline:  # noqa: N801 (xDiT's way of naming)
 
     diffusers_class: ClassVar[type[DiffusionPipeline]]
     model_type: ClassVar[str]
+    least_steps: ClassVar[int] = 1  # to warm up with
 
     def __init__(self, pipeline: Any, engine_config: EngineConfig, cache_args: Mapping[str, Any] | None = None) -> None:
         if not isinstance(pipeline, self.diffusers_class):
@@ -133,12 +134,14 @@ class xFuserPipeline:  # noqa: N801 (xDiT's way of naming)
 
         Args:
             input_config: The sizes.
-            steps: Denoising steps. With a calibration file they are the input's, which the file belongs to.
+            steps: Denoising steps; at least two for PixArt alpha, whose diffusers pipeline takes a single one for that
+                of a distilled model. With a calibration file they are the input's, which the file belongs to.
             sync_steps: PipeFusion: how many of them are synchronous.
         """
         calibration = self._settings.get("calibration")
         if calibration not in (None, FIRST):
             steps = input_config.num_inference_steps
+        steps = max(steps, self.least_steps)
         batch = input_config.batch_size or 1
         keywords = {
             "prompt": [""] * batch if batch > 1 else "",
@@ -210,6 +213,7 @@ class xFuserPixArtAlphaPipeline(xFuserPipeline):  # noqa: N801
     """PixArt Alpha."""
 
     diffusers_class, model_type = PixArtAlphaPipeline, "pixart"
+    least_steps = 2
 
 
 class xFuserPixArtSigmaPipeline(xFuserPipeline):  # noqa: N801

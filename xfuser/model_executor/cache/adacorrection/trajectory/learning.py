@@ -154,7 +154,7 @@ class Learner:
         if len({sample.key for sample in samples}) > 1:
             raise NotLearnable("the calls differ in their steps, guidance or scheduler; learn from calls of one kind")
         calibration = engine.agreement.first(self._joined(None, samples))
-        budgets = [round(share * FULL * calibration.steps) for share in evaluations]
+        budgets = [max(FULL, round(share * FULL * calibration.steps)) for share in evaluations]
         self._learn_budgets(calibration, samples, budgets, progress)
         calibration = engine.agreement.first(calibration)
         engine.keep(calibration)
