@@ -21,6 +21,8 @@ def looked_up(module: str, public: Mapping[str, str]) -> Callable[[str], Any]:
     def __getattr__(name: str) -> Any:
         if name in public:
             return getattr(importlib.import_module(public[name]), name)
+        if name.startswith("__"):  # Python asks every module for some of these, and goes on without
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
         from xfuser.xdit.finder import refuse, refusing_pipeline
 
         pipeline = refusing_pipeline(module, name)

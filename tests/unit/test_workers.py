@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
 
+from xfuser import xFuserFluxPipeline
 from xfuser.config import xFuserArgs
 from xfuser.core.distributed import model_parallel_is_initialized
 
@@ -50,6 +52,20 @@ def test_with_ray_nobody_is_met_yet() -> None:
     assert engine_config.runtime_config.vae_parallel_size == 1
     # The process that decodes does it for them.
     assert not engine_config.parallel_config.use_parallel_vae
+
+
+def test_a_pipeline_that_ray_was_not_told_of() -> None:
+    engine_config, _ = xFuserArgs(model="nowhere", use_ray=True).create_config()
+    with pytest.raises(ValueError, match="RayDiffusionPipeline"):
+        xFuserFluxPipeline.from_pretrained("nowhere", engine_config)
+
+
+def test_what_ray_scripts_import_besides() -> None:
+    pytest.importorskip("ray")
+    path = importlib.import_module("xfuser.ray.pipeline.pipeline_utils")
+    assert not hasattr(path, "__path__")
+    with pytest.raises(ImportError, match="GPUExecutor is not carried over: use .*RayDiffusionPipeline"):
+        path.GPUExecutor  # noqa: B018
 
 
 def test_what_changes_nothing_is_taken() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from xfuser.config import CacheConfig, EngineConfig
 from xfuser.config.arguments import READS
 from xfuser.config.cache import WITH_THRESHOLD, base_method
+from xfuser.core.distributed.parallel_state import model_parallel_is_initialized
 
 _BUDGETS = ("adacorr_mode", "adacorr_tolerance", "adacorr_budget")  # three ways to say one thing
 
@@ -72,8 +73,12 @@ def check_loading(keywords: Mapping[str, Any]) -> None:
 
 
 def check_runtime(engine_config: EngineConfig) -> None:
-    """Refuse what a script has changed after ``create_config`` settled it (ValueError)."""
+    """Refuse what a script has changed after ``create_config`` settled it, or leaves to Ray (ValueError)."""
     runtime, parallel = engine_config.runtime_config, engine_config.parallel_config
+    if runtime.use_ray and not model_parallel_is_initialized():
+        raise ValueError(
+            "--use_ray: load the pipeline with xfuser.ray.pipeline.pipeline_utils.RayDiffusionPipeline, or leave it out"
+        )
     for name in ("warmup_steps", "use_parallel_vae"):
         if getattr(runtime, name) != getattr(parallel, name):
             raise ValueError(
