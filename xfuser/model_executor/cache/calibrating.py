@@ -43,14 +43,13 @@ class Calibrator:
     def records_all(self) -> bool:
         return self._records_all
 
-    def moved(self, transformer: nn.Module, blocks: Sequence[nn.Module], scheduler: Any) -> Calibration | None:
-        """What still holds with another transformer or scheduler; what was learned here with the ones before does not.
-
-        Raises:
-            ValueError: A file's calibration was made with another one. Nothing was forgotten then.
-        """
+    def check(self, transformer: nn.Module, blocks: Sequence[nn.Module], scheduler: Any) -> None:
+        """Refuse a transformer or scheduler that a file's calibration was not made with (ValueError)."""
         if self.calibration is not None and not self._first:
             self.calibration.check(transformer, blocks, scheduler)
+
+    def forget(self) -> Calibration | None:
+        """Forget what was learned here, for a transformer or scheduler comes that it does not hold for; what does."""
         self._by_steps.clear()
         self.recorder = None
         return None if self._first else self.calibration

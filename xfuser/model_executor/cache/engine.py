@@ -203,16 +203,22 @@ class CacheEngine:
         """Let the scheduler that a pipeline has mark generations and steps, and move with what is assigned to it."""
         self._follower = PipelineFollower(pipeline, self)
 
+    def check_scheduler(self, scheduler: Any) -> None:
+        """Refuse a scheduler that another engine follows, or with which the calibration was not made (ValueError)."""
+        if scheduler is not None:
+            check_scheduler_free(scheduler)
+        if self._scheduler is not None:
+            self.calibrator.check(self.transformer, self.blocks, scheduler)
+
     def watch_scheduler(self, scheduler: Any) -> None:
         """Let a scheduler's own calls mark generations and steps, and no longer those of the one before.
 
         Raises:
-            ValueError: Another engine follows it, or the calibration was made with another; nothing has changed then.
+            ValueError: As for `check_scheduler`; nothing has changed then.
         """
-        if scheduler is not None:
-            check_scheduler_free(scheduler)
+        self.check_scheduler(scheduler)
         if self._scheduler is not None:
-            self.calibrator.moved(self.transformer, self.blocks, scheduler)
+            self.calibrator.forget()
         self._leave_scheduler()
         self._start_afresh()
         self._scheduler = scheduler
@@ -238,7 +244,8 @@ class CacheEngine:
         declaration.check_return_order(self.config.return_hidden_states_first)
         check_compiled(declaration.blocks(transformer), self._wraps_attention)
         before, scheduler = self.calibrator, self._scheduler
-        calibration = before.moved(transformer, declaration.blocks(transformer), scheduler)
+        before.check(transformer, declaration.blocks(transformer), scheduler)
+        calibration = before.forget()
         self._detach()
         self._build(transformer, declaration, calibration)
         if before.records_all:

@@ -21,6 +21,7 @@ from xfuser.core.distributed.statistics import SumExchange
 from xfuser.model_executor.adapters import BoundArguments, ModelDeclaration, declaration_of
 from xfuser.model_executor.cache.adacorrection.trajectory import TrajectoryEngine, attach_trajectory
 from xfuser.model_executor.cache.adacorrection.trajectory.branches import sample_of, with_sample
+from xfuser.model_executor.cache.adacorrection.trajectory.wrapping import CallWrapper
 from xfuser.model_executor.cache.apply import check_unattached, load_calibration, on_trajectory, spends_as_base
 from xfuser.model_executor.cache.attach import Replacement
 from xfuser.model_executor.cache.engine import CacheEngine
@@ -55,6 +56,7 @@ class ParallelPipeline:
         self.clock = Clock(waiter(mesh.device) if timed else None)
         self.agreement = Agreement(mesh.control if mesh.shares_image else None)
         self.trajectory: TrajectoryEngine | None = None
+        self._call: CallWrapper | None = None
         self._inner: list[Replacement] = []
         self._layers: list[Replacement | SchedulerMarks | ParallelDecoder] = []
         self._timed = bool(timed) or mesh.device.type == "cpu"
@@ -99,13 +101,40 @@ class ParallelPipeline:
             transformer, declaration, config, self.exchange, calibration, self.placement, attention
         )
         self._attach_blocks(declaration, blocks, attention)
-        self.engine.follow_pipeline(pipeline)
+        self.engine.watch_scheduler(pipeline.scheduler)
         self._attach_root(transformer, declaration)
         if mesh.config.use_parallel_vae:
             self._layers.append(ParallelDecoder(pipeline.vae, mesh.image))
         if trajectory is not None:
             self._attach_trajectory(trajectory)
+        self._call = CallWrapper(pipeline, self._run_pipeline)
         return declaration
+
+    def _run_pipeline(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._follow()
+        return original(*args, **kwargs)
+
+    def _follow(self) -> None:
+        """Move to the scheduler that the pipeline has now, all that follow one in their order.
+
+        Raises:
+            ValueError: It belongs to another engine, or the transformer was replaced. Nothing has been changed then.
+        """
+        if self.pipeline.transformer is not self.engine.transformer:
+            self.engine.move_to(self.pipeline.transformer)
+        if self.pipeline.scheduler is self.engine.scheduler:
+            return
+        self.engine.check_scheduler(self.pipeline.scheduler)
+        marks = [each for each in self._layers if isinstance(each, SchedulerMarks)]
+        if self.trajectory is not None:
+            self.trajectory.attachment.leave_scheduler()
+        for each in reversed(marks):
+            each.undo()
+        self.engine.watch_scheduler(self.pipeline.scheduler)
+        for each in marks:
+            each.follow()
+        if self.trajectory is not None:
+            self.trajectory.attachment.follow_scheduler()
 
     def _attach_trajectory(self, settings: dict[str, Any]) -> None:
         """Put the trajectory outside of everything else, so that a skipped step enters no wrapper below it."""
@@ -166,6 +195,9 @@ class ParallelPipeline:
 
     def remove(self) -> None:
         """Take everything off again. What other stages hold of the weights is not here any more."""
+        if self._call is not None:
+            self._call.undo()
+            self._call = None
         if self.trajectory is not None:
             self.trajectory.remove()
         while self._layers:

@@ -105,8 +105,8 @@ class BranchCalls:
     def attach(self, pipeline: Any) -> list[Replacement | SchedulerMarks]:
         """Wrap the transformer, and have the scheduler tell where steps and generations end."""
         transformer = pipeline.transformer
-        self._marks = SchedulerMarks(pipeline, self._calls.clear, self._check_step)
-        layers: list[Replacement | SchedulerMarks] = [self._marks, Replacement(transformer, "forward", self._wrap)]
+        marks = SchedulerMarks(pipeline, self._calls.clear, self._check_step)
+        layers: list[Replacement | SchedulerMarks] = [marks, Replacement(transformer, "forward", self._wrap)]
         if hasattr(transformer, "cache_context"):
             self._enter = transformer.cache_context
             layers.append(Replacement(transformer, "cache_context", named_contexts(self._note)))
@@ -122,7 +122,6 @@ class BranchCalls:
             named = arguments.named(args, kwargs)
             if named.get("return_dict", True):
                 raise ValueError("--use_cfg_parallel: call the transformer with return_dict=False")
-            self._marks.follow()
             sample = torch.empty_like(named["hidden_states"])
             self._calls.append(_Call(_kept(named), self._context, sample))
             if len(self._calls) == BRANCHES:
