@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,14 +121,38 @@ def join(parts: Sequence[Streams], of: Sequence[View]) -> Streams:
     return tuple(torch.cat(pieces, dim=dimension) for pieces in zip(*parts, strict=True))
 
 
-def narrow_batch(value: Any, batch: int, rows: slice | None) -> Any:
-    """Those rows of every tensor whose first dimension is the batch; tuples, lists and dicts of them as well."""
+def narrow_batch(
+    named: Mapping[str, Any], per_image: Collection[str], batch: int, rows: slice | None
+) -> dict[str, Any]:
+    """Take some images' rows of a call's arguments; what is not named to have one row an image stays whole.
+
+    Args:
+        named: The arguments by name; dicts among them (``added_cond_kwargs``) are looked through by name as well.
+        per_image: Names of those that have one row an image: tensors, or tuples and lists of them.
+        batch: Images in all.
+        rows: The images to take; ``None`` takes all.
+
+    Raises:
+        ValueError: A named one has neither as many rows as there are images, nor one row for all of them.
+    """
     if rows is None:
-        return value
-    if isinstance(value, torch.Tensor):
-        return value[rows] if value.dim() > 0 and value.shape[0] == batch else value
-    if isinstance(value, dict):
-        return {name: narrow_batch(each, batch, rows) for name, each in value.items()}
+        return dict(named)
+    taken = {}
+    for name, value in named.items():
+        if isinstance(value, Mapping):
+            taken[name] = narrow_batch(value, per_image, batch, rows)
+        else:
+            taken[name] = _rows_of(name, value, batch, rows) if name in per_image else value
+    return taken
+
+
+def _rows_of(name: str, value: Any, batch: int, rows: slice) -> Any:
     if type(value) in (tuple, list):
-        return type(value)(narrow_batch(each, batch, rows) for each in value)
-    return value
+        return type(value)(_rows_of(name, each, batch, rows) for each in value)
+    if not isinstance(value, torch.Tensor) or value.dim() == 0:
+        return value
+    if value.shape[0] == batch:
+        return value[rows]
+    if value.shape[0] == 1:
+        return value
+    raise ValueError(f"{name} has {value.shape[0]} rows for a batch of {batch} images; give as many, or one for all")

@@ -51,6 +51,8 @@ class ModelDeclaration:
             one goes past the cache and is not counted: what is remembered and planned speaks of all blocks.
         self_attention: Names, within a block, of the attention modules in which image tokens attend to each other; one
             that a block does not have is passed over.
+        per_image: Arguments of the transformer and of its blocks, and entries of dicts among them, that hold one row an
+            image of the batch.
         per_token: Arguments of a block that hold one entry a token, text and image, in the order of the attention.
         guidance: How pipelines evaluate the two branches of classifier-free guidance: ``"batch"``, side by side in one
             call, or ``"calls"``, one call after the other.
@@ -75,6 +77,7 @@ class ModelDeclaration:
     skips_blocks: tuple[str, ...] = ()
     layer_counts: tuple[str, ...] = ("num_layers",)
     self_attention: tuple[str, ...] = ()
+    per_image: tuple[str, ...] = ()
     per_token: tuple[str, ...] = ()
     guidance: str = "batch"
     tail_needs: tuple[str, ...] = ()

@@ -29,6 +29,7 @@ DECLARATION = ModelDeclaration(
     conditioning=("class_labels",),
     modulated_input=modulated_input,
     self_attention=("attn1",),
+    per_image=("hidden_states", "timestep", "class_labels"),
     tail_needs=("norm1.emb",),
     thresholds=thresholds.DIT,
     known_models=(TINY_DIT,),

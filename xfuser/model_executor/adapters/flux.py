@@ -27,6 +27,10 @@ DECLARATION = ModelDeclaration(
     between_blocks=("controlnet_block_samples", "controlnet_single_block_samples"),
     layer_counts=("num_layers", "num_single_layers"),
     self_attention=("attn",),
+    per_image=(
+        *("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance", "temb"),
+        *("ip_adapter_image_embeds", "ip_hidden_states"),
+    ),
     per_token=("image_rotary_emb",),
     guidance="calls",
     packs=2,

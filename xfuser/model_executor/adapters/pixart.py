@@ -28,5 +28,9 @@ DECLARATION = ModelDeclaration(
     conditioning=("encoder_hidden_states", "encoder_attention_mask"),
     modulated_input=modulated_input,
     self_attention=("attn1",),
+    per_image=(
+        *("hidden_states", "timestep", "encoder_hidden_states", "attention_mask", "encoder_attention_mask"),
+        *("resolution", "aspect_ratio"),
+    ),
     thresholds=thresholds.PIXART,
 )

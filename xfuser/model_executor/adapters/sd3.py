@@ -27,5 +27,9 @@ DECLARATION = ModelDeclaration(
     between_blocks=("block_controlnet_hidden_states",),
     skips_blocks=("skip_layers",),
     self_attention=("attn", "attn2"),
+    per_image=(
+        *("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "temb"),
+        *("block_controlnet_hidden_states", "ip_adapter_image_embeds", "ip_hidden_states"),
+    ),
     thresholds=thresholds.SD3,
 )

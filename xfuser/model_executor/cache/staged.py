@@ -164,8 +164,7 @@ class StagedExecution(Execution):
                 if not view.takes_all_tokens:
                     spans = [view.span(length) for length in lengths]
                     named[name] = self.declaration.take_tokens(value, spans, lengths)
-            else:
-                named[name] = narrow_batch(value, batch, view.rows)
+        named = narrow_batch(named, self.declaration.per_image, batch, view.rows)
         named |= dict(zip(self.declaration.streams, streams, strict=True))
         if self.tokens is None:
             output = call.original(**named)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from xfuser.core.distributed.clock import Clock
 from xfuser.core.shards import narrow_batch, part
-from xfuser.model_executor.adapters import BoundArguments
+from xfuser.model_executor.adapters import BoundArguments, declaration_of
 from xfuser.model_executor.cache.adacorrection.trajectory.branches import sample_of, with_sample
 from xfuser.model_executor.cache.attach import Replacement, named_contexts, scheduler_calls
 
@@ -24,9 +24,11 @@ class BatchedBranches:
 
     def __init__(self, group: dist.ProcessGroup | None, index: int, clock: Clock) -> None:
         self._group, self._index, self._clock = group, index, clock
+        self._per_image: tuple[str, ...] = ()
 
     def attach(self, pipeline: Any) -> list[Replacement]:
         """Wrap the transformer; every call is complete in itself."""
+        self._per_image = declaration_of(pipeline.transformer).per_image
         return [Replacement(pipeline.transformer, "forward", self._wrap)]
 
     def _wrap(self, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -40,7 +42,7 @@ class BatchedBranches:
                     f"--use_cfg_parallel: the transformer was called with a batch of {batch}, which holds no two "
                     "branches; use guidance (--guidance_scale above 1), or leave --use_cfg_parallel out"
                 )
-            output = original(**narrow_batch(named, batch, part(batch, BRANCHES, self._index)))
+            output = original(**narrow_batch(named, self._per_image, batch, part(batch, BRANCHES, self._index)))
             ours = sample_of(output).contiguous()
             halves = [torch.empty_like(ours) for _ in range(BRANCHES)]
             with self._clock("waiting"):
