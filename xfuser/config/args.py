@@ -124,9 +124,7 @@ class xFuserArgs(WorkerArguments, RefusedArguments):  # noqa: N801 (xDiT's name)
         group = parser.add_argument_group("cache")
         group.add_argument("--use_teacache", action="store_true", help="the same as --use_cache Tea")
         group.add_argument("--use_fbcache", action="store_true", help="the same as --use_cache Fb")
-        group.add_argument(
-            "--use_cache", choices=list(map(str, METHODS)), help="base method (default: the script's)"
-        )
+        group.add_argument("--use_cache", choices=list(map(str, METHODS)), help="base method (default: the script's)")
         group.add_argument("--rel_l1_thresh", type=float, help="its threshold (default: the script's, or the model's)")
         add_base_arguments(parser)
         add_correction_arguments(parser)
