@@ -7,13 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
-
-from xfuser.metrics.matcher import EMBEDDING_DIM
 
 SIZE = 64  # pixels
 THUMBNAIL = 16  # pixels
@@ -94,7 +91,7 @@ class Phrases:
         words = self.captions[index].split()
         if words[-1] == "flag" and dropping > 0.75:
             words = ["flag", "of", *words[:-1]]
-        if len(words) > 2 and dropping < 0.25:
+        if len(words) > 2 and dropping < 0.15:
             kept = torch.rand(len(words), generator=generator) > 1.2 / len(words)
             words = [word for word, keep in zip(words, kept.tolist(), strict=True) if keep] or words
         phrase = self.templates[int(template * len(self.templates))].format(" ".join(words))
@@ -199,10 +196,7 @@ class TextEncoders(nn.Module):
         self.clip, self.t5 = build_clip(tokenizer), build_t5(tokenizer_2)
         # The fused attention's backward pass takes four times as long in bfloat16 on a CPU.
         self.clip.set_attn_implementation("eager")
-        widths = (CLIP_HIDDEN, T5_HIDDEN)
-        self.into_matcher = nn.ModuleList(nn.Linear(width, EMBEDDING_DIM) for width in widths)
-        self.into_thumbnail = nn.ModuleList(nn.Linear(width, 3 * THUMBNAIL**2) for width in widths)
-        self.log_scale = nn.Parameter(torch.tensor(2.5))
+        self.into_thumbnail = nn.ModuleList(nn.Linear(width, 3 * THUMBNAIL**2) for width in (CLIP_HIDDEN, T5_HIDDEN))
 
     def encode(self, phrases: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """CLIP's pooled state [N, 128] and T5's states [N, 16, 96], as FluxPipeline computes them."""
@@ -212,13 +206,14 @@ class TextEncoders(nn.Module):
         )
         return self.clip(ids).pooler_output, self.t5(ids_2).last_hidden_state
 
-    def describe(self, phrases: list[str]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Each encoder's embeddings in the matcher's space, [N, 64], and its thumbnails, [N, 3, 16, 16]."""
+    def thumbnails(self, phrases: list[str]) -> list[torch.Tensor]:
+        """What each encoder's vectors foretell of the images, [N, 3, 16, 16], white being 0 and black 2."""
         pooled, states = self.encode(phrases)
-        vectors = (pooled, states.mean(dim=1))
-        embeddings = [F.normalize(head(vector), dim=1) for head, vector in zip(self.into_matcher, vectors, strict=True)]
-        thumbnails = [
-            head(vector).unflatten(1, (3, THUMBNAIL, THUMBNAIL))
-            for head, vector in zip(self.into_thumbnail, vectors, strict=True)
-        ]
-        return embeddings, thumbnails
+        pairs = zip(self.into_thumbnail, (pooled, states.mean(dim=1)), strict=True)
+        return [head(vector).unflatten(1, (3, THUMBNAIL, THUMBNAIL)) for head, vector in pairs]
+
+    @torch.no_grad()
+    def vectors(self, phrases: list[str]) -> torch.Tensor:
+        """One vector a phrase: CLIP's pooled state and the mean of T5's states, [N, 224]."""
+        batches = [self.encode(phrases[start : start + 256]) for start in range(0, len(phrases), 256)]
+        return torch.cat([torch.cat([pooled, states.mean(dim=1)], dim=1) for pooled, states in batches])

@@ -56,7 +56,7 @@ class ImageTextMatcher(nn.Module):
             nn.AdaptiveAvgPool2d(2),
             nn.Flatten(),
         )
-        self.embed = nn.Linear(160 * 4, EMBEDDING_DIM)
+        self.embed = nn.Sequential(nn.Linear(160 * 4, EMBEDDING_DIM), nn.BatchNorm1d(EMBEDDING_DIM))
         self.register_buffer("table", torch.zeros(len(self.captions), EMBEDDING_DIM))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
