@@ -16,7 +16,7 @@ def main() -> None:
         sys.argv[:] = [job["script"], *job["arguments"]]
         pipe = runpy.run_path(job["script"], run_name="__main__").get("pipe")
         if pipe is not None:
-            summary = pipe.parallel.engine.summary()  # the processes have parted
+            summary = pipe.parallel.summary()  # also after the processes have parted
             Path(f"rank{os.environ.get('RANK', '0')}.json").write_text(json.dumps({"hit_rate": summary["hit_rate"]}))
 
 

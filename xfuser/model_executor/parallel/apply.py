@@ -55,6 +55,7 @@ class ParallelPipeline:
         self.pipeline, self.mesh, self.cache_config = pipeline, mesh, config
         self.clock = Clock(waiter(mesh.device) if timed else None)
         self.agreement = Agreement(mesh.control if mesh.shares_image else None)
+        self._place = mesh.coordinates()  # known also after the processes have parted
         self.trajectory: TrajectoryEngine | None = None
         self._call: CallWrapper | None = None
         self._inner: list[Replacement] = []
@@ -154,7 +155,7 @@ class ParallelPipeline:
         above = {} if self.trajectory is None else self.trajectory.summary()
         return {
             "mesh": dict(zip(("data", "cfg", "pipefusion", "ring", "ulysses"), self.mesh.config.shape, strict=True)),
-            "rank": self.mesh.coordinates(),
+            "rank": self._place,
             "collectives_per_step": self.exchange.collectives / steps,
             "bytes_per_step": self.exchange.bytes_sent / steps,
             "seconds": dict(self.clock.seconds),
