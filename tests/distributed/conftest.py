@@ -1,9 +1,9 @@
-"""One pool of processes a world size, for the whole session."""
+"""One pool of processes a world size, for as long as tests of this folder run."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,17 +18,28 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _pool(world: int, factory: pytest.TempPathFactory) -> Iterator[Pool]:
-    pool = Pool(world, factory.mktemp(f"pool{world}"))
-    yield pool
-    pool.close()
+_POOLS: dict[int, Pool] = {}
 
 
-@pytest.fixture(scope="session")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
-    yield from _pool(2, tmp_path_factory)
+def _pool(world: int, factory: pytest.TempPathFactory) -> Pool:
+    if world not in _POOLS:
+        _POOLS[world] = Pool(world, factory.mktemp(f"pool{world}"))
+    return _POOLS[world]
 
 
-@pytest.fixture(scope="session")
-def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
-    yield from _pool(4, tmp_path_factory)
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """End the pools behind the last test of this folder: waiting processes take time from those that follow."""
+    if nextitem is None or Path(__file__).parent not in nextitem.path.parents:
+        while _POOLS:
+            _POOLS.popitem()[1].close()
+
+
+@pytest.fixture
+def two(tmp_path_factory: pytest.TempPathFactory) -> Pool:
+    return _pool(2, tmp_path_factory)
+
+
+@pytest.fixture
+def four(tmp_path_factory: pytest.TempPathFactory) -> Pool:
+    return _pool(4, tmp_path_factory)

@@ -7,6 +7,7 @@ import datetime
 import hashlib
 import time
 import traceback
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -93,10 +94,18 @@ def build_small_dit() -> LoadedPipeline:
     return LoadedPipeline(pipeline, "dit", SMALL, torch.float32)
 
 
-@cache
+_MESHES: OrderedDict[ParallelConfig, ParallelMesh] = OrderedDict()
+MESHES_KEPT = 2  # idle groups take processor time from all other tests, and new ones their time to make
+
+
 def mesh_of(config: ParallelConfig) -> ParallelMesh:
-    """Groups are never given back, and take their time to make."""
-    return ParallelMesh(config, CPU)
+    """One of the latest meshes, or a new one; collective."""
+    if config not in _MESHES:
+        _MESHES[config] = ParallelMesh(config, CPU)
+    _MESHES.move_to_end(config)
+    while len(_MESHES) > MESHES_KEPT:
+        _MESHES.popitem(last=False)[1].close()
+    return _MESHES[config]
 
 
 def generate(job: Job, of: LoadedPipeline) -> np.ndarray:

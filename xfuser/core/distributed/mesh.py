@@ -48,6 +48,20 @@ class ParallelMesh:
             for name in DIMENSIONS:
                 limit_waiting(self.mesh.get_group(name))
 
+    def close(self) -> None:
+        """Give the groups back; nothing may use the mesh afterwards. For all of its ranks.
+
+        An idle gloo group costs three threads a process, one of which wakes a hundred times a second.
+        """
+        if self.mesh is None:
+            return
+        named = [self.sequence, self.peers, self.control, self.image, self.replicas]
+        groups = [*named, *(self.mesh.get_group(name) for name in DIMENSIONS)]
+        self.mesh = self.sequence = self.peers = self.control = self.image = self.replicas = None
+        for group in {id(group): group for group in groups if group is not None}.values():
+            if group is not dist.group.WORLD:
+                dist.destroy_process_group(group)
+
     def rank(self, dimension: str) -> int:
         """This process's coordinate along a dimension."""
         return 0 if self.mesh is None else self.mesh.get_local_rank(dimension)
