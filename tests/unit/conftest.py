@@ -9,6 +9,7 @@ import pytest
 import torch
 from calibrations import once, saved  # noqa: F401 (fixtures)
 from toys import Toy
+from trajectories import attached, own_store, tiny  # noqa: F401 (fixtures)
 
 
 @pytest.fixture(scope="session", autouse=True)
