@@ -93,6 +93,20 @@ def test_a_call_of_another_kind_is_counted_anew(pipeline: Any, tmp_path: Path) -
         engine.remove()
 
 
+def test_other_settings_of_the_base_method_are_counted_anew(pipeline: Any, tmp_path: Path) -> None:
+    shares = []
+    for interval in (2, 4):
+        settings = {"use_cache": "Interval", "interval": interval, "enable_adacorrection": True}
+        engine = apply_cache_on_pipeline(pipeline, calibration="auto", store=tmp_path, **settings)
+        try:
+            draw(pipeline)
+            shares.append(engine.summary()["asked"]["adacorr_budget"])
+        finally:
+            engine.remove()
+    # The first three steps, every second or fourth from there on, and the last one.
+    assert shares == [pytest.approx(12 / STEPS), pytest.approx(8 / STEPS)]
+
+
 def test_an_interrupted_count_counts_nothing(pipeline: Any, tmp_path: Path) -> None:
     uncached = draw(pipeline)
     engine = apply_cache_on_pipeline(

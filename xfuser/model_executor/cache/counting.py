@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from xfuser.config import CacheConfig
 from xfuser.model_executor.adapters import declaration_of
-from xfuser.model_executor.cache.engine import CacheEngine
+from xfuser.model_executor.cache.engine import CacheEngine, with_threshold
+
+_NOT_THE_BASE_S = ("use_cache", "enable_adacorrection", "adacorr_budget")
 
 
 class BaseCounter:
@@ -27,11 +29,9 @@ class BaseCounter:
         self._pipeline = pipeline
         self._declaration = declaration_of(pipeline.transformer)
         # With the whole budget nothing is skipped, while the base method goes on as if it were obeyed.
-        self._config = replace(config, enable_adacorrection=True, adacorr_budget=1.0, calibration=None)
-        threshold = config.rel_l1_thresh
-        if threshold is None:
-            threshold = self._declaration.threshold(config.use_cache, pipeline.transformer)
-        self.name = f"{config.use_cache} {threshold:g}"
+        whole = replace(config, enable_adacorrection=True, adacorr_budget=1.0)
+        self._config = with_threshold(whole, self._declaration, pipeline.transformer)
+        self.name = " ".join([str(config.use_cache), *_differing(self._config)])
         self._engine: CacheEngine | None = None
 
     def attach(self) -> None:
@@ -59,3 +59,10 @@ class BaseCounter:
             return None
         probed = engine.policy.probe_blocks / len(engine.blocks)
         return probed + (1 - probed) * summary["proposed_share"]
+
+
+def _differing(config: CacheConfig) -> list[str]:
+    """List the settings that are not the defaults: with any other one, the base method may propose other steps."""
+    said = {each.name: getattr(config, each.name) for each in fields(config) if each.name not in _NOT_THE_BASE_S}
+    defaults = {each.name: each.default for each in fields(config)}
+    return [f"{name}={value}" for name, value in said.items() if value != defaults[name]]

@@ -44,6 +44,13 @@ from xfuser.model_executor.cache.steps import BranchKey, Call, StepTracker
 from xfuser.model_executor.pipefusion import Placement, Stage
 
 
+def with_threshold(config: CacheConfig, declaration: ModelDeclaration, transformer: nn.Module) -> CacheConfig:
+    """Take the base method's default threshold for this transformer where the settings name none."""
+    if config.rel_l1_thresh is not None:
+        return config
+    return replace(config, rel_l1_thresh=declaration.threshold(config.use_cache, transformer))
+
+
 class CacheEngine:
     """Attaches a base method, and AdaCorrection if asked for, to a transformer.
 
@@ -81,9 +88,7 @@ class CacheEngine:
 
     def _build(self, transformer: nn.Module, declaration: ModelDeclaration, calibration: Calibration | None) -> None:
         """Make everything that belongs to one transformer."""
-        config = self._asked
-        if config.rel_l1_thresh is None:
-            config = replace(config, rel_l1_thresh=declaration.threshold(config.use_cache, transformer))
+        config = with_threshold(self._asked, declaration, transformer)
         self.transformer, self.declaration, self.config = transformer, declaration, config
         self.blocks = declaration.blocks(transformer)
         self.policy = build_policy(config, declaration, len(self.blocks))
