@@ -85,7 +85,9 @@ def run_single(tree: Path) -> dict[str, Any]:
     loaded: dict[str, Any] = {}
     found = {}
     for name, (model, settings, steps) in single_cases().items():
-        pipeline = loaded.setdefault(model, load_pipeline(model)).pipeline
+        if model not in loaded:
+            loaded[model] = load_pipeline(model)
+        pipeline = loaded[model].pipeline
         pipeline.set_progress_bar_config(disable=True)
         if steps == CALIBRATED:
             settings = settings | {"calibration": str(shipped)}
@@ -115,8 +117,8 @@ def run_meshes(tree: Path) -> dict[str, Any]:
                 if ended.returncode:
                     raise RuntimeError(f"{mesh}, {method} in {tree}: {ended.stderr.strip()[-400:]}")
                 document = json.loads(Path(folder, "out", "statistics.json").read_text(encoding="utf-8"))
-                summary = document.get("cache", document.get("summary", document))
-                found[f"mesh {mesh}, {method}"] = _result(Path(folder, "out", "images.npy").read_bytes(), summary)
+                images = Path(folder, "out", "images.npy").read_bytes()
+                found[f"mesh {mesh}, {method}"] = _result(images, document["cache"])
     return found
 
 

@@ -23,12 +23,12 @@ from xfuser.config.cache import METHODS
 from xfuser.config.parser import OneLineParser, with_underscores
 from xfuser.config.refused import refuse_unsupported
 from xfuser.core.console import quiet_libraries
+from xfuser.core.files import IMAGE_FORMATS
 from xfuser.model_executor.pipelines.model_types import MODEL_TYPES
 
 __all__ = ["build_parser", "cache_method", "cache_settings", "main", "run_calibrate", "run_generate"]
 
 COMMANDS = ("generate", "calibrate")
-FORMATS = ("png", "jpg", "webp")
 START = """start with:
   xdit generate --class_label bag shirt --target_speedup 3
       the model that comes with the package: the first batch in full, the others 3 times faster
@@ -89,7 +89,7 @@ def _add_generate(commands: argparse._SubParsersAction[OneLineParser]) -> None:
     group.add_argument(
         "--output_dir", "--output_directory", type=Path, default=Path("outputs"), help="default: %(default)s"
     )
-    group.add_argument("--image_format", choices=FORMATS, default=FORMATS[0], help="default: %(default)s")
+    group.add_argument("--image_format", choices=list(IMAGE_FORMATS), default="png", help="default: %(default)s")
     group.add_argument("--save_raw", action="store_true", help="write images.npy too: float32 [N, H, W, C], 0 to 1")
     group.add_argument(
         "--output_type", choices=("pil", "np"), help="xDiT's name: pil writes images only, np is --save_raw"
@@ -151,8 +151,12 @@ def _add_calibrate(commands: argparse._SubParsersAction[OneLineParser]) -> None:
 
 def add_condition_arguments(parser: argparse.ArgumentParser) -> None:
     """What the images are to show."""
-    parser.add_argument("--prompt", nargs="+", help="prompts, taken in turn (flux, pixart, sd3)")
-    parser.add_argument("--class_label", nargs="+", help="class numbers or names, taken in turn (tiny-dit, dit)")
+    takers = {
+        kind: ", ".join(name for name, spec in MODEL_TYPES.items() if spec.conditioned_on == kind)
+        for kind in ("prompt", "label")
+    }
+    parser.add_argument("--prompt", nargs="+", help=f"prompts, taken in turn ({takers['prompt']})")
+    parser.add_argument("--class_label", nargs="+", help=f"class numbers or names, taken in turn ({takers['label']})")
     parser.add_argument(
         "--max_sequence_length", type=positive, help="text tokens of a prompt (default: the pipeline's own)"
     )

@@ -17,7 +17,7 @@ from xfuser.commands import generate as generate_command
 from xfuser.config import CacheConfig, FlexibleArgumentParser, ParallelConfig
 from xfuser.config.cache import METHODS
 from xfuser.config.flags import in_flags
-from xfuser.core.spelling import nearest
+from xfuser.config.spelling import nearest
 from xfuser.model_executor.cache.adacorrection.trajectory import TrajectoryConfig
 from xfuser.model_executor.cache.policies import POLICIES
 from xfuser.model_executor.pipelines.model_types import MODEL_TYPES

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from xfuser.config.arguments import READS, cache_method, named_settings
 from xfuser.config.cache import FIRST
 from xfuser.config.parallel import ParallelConfig
-from xfuser.core.spelling import did_you_mean
+from xfuser.config.spelling import did_you_mean
 from xfuser.model_executor.pipelines.choosing import read_index
 from xfuser.model_executor.pipelines.model_types import MODEL_TYPES
 

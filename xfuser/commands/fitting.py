@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from xfuser.config.cache import FIRST
+from xfuser.model_executor.cache.adacorrection.trajectory.calibration import KIND
+from xfuser.model_executor.cache.adacorrection.trajectory.settings import AUTO
 from xfuser.model_executor.pipelines.choosing import INDEX, read_index
 from xfuser.model_executor.pipelines.model_types import MODEL_TYPES
-
-AUTO = "auto"
-TRAJECTORY = "trajectory"
 
 
 def check_calibration_fits(args: argparse.Namespace, goal: str | None) -> None:
@@ -35,7 +34,7 @@ def check_calibration_fits(args: argparse.Namespace, goal: str | None) -> None:
     if not path.is_file():
         raise ValueError(f"{named}: no such file; make it with `xdit calibrate --output {args.calibration}`")
     made_with = _described(path, named)
-    of_trajectory = made_with.get("kind") == TRAJECTORY
+    of_trajectory = made_with.get("kind") == KIND
     if of_trajectory and goal is None:
         raise ValueError(
             f"{named} is of the trajectory: it goes with --target_speedup, --min_psnr or --adacorr_budget, and no base "

@@ -19,11 +19,11 @@ from xfuser.config.arguments import (
 )
 from xfuser.config.cache import METHODS
 from xfuser.config.config import OUTPUT_TYPES, EngineConfig, InputConfig, ModelConfig, RuntimeConfig
+from xfuser.config.launched import launched
 from xfuser.config.parallel import ParallelConfig
 from xfuser.config.parser import OneLineParser
 from xfuser.config.refused import RefusedArguments, add_refused_arguments
 from xfuser.config.workers import WorkerArguments, add_worker_arguments
-from xfuser.core.launched import launched
 
 
 class FlexibleArgumentParser(OneLineParser):

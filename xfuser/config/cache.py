@@ -8,7 +8,7 @@ from numbers import Integral, Real
 from os import PathLike
 from typing import Any
 
-from xfuser.core.spelling import did_you_mean, nearest
+from xfuser.config.spelling import did_you_mean, not_known
 
 METHODS = (None, "Fast", "Tea", "Fb", "Interval")
 WITH_THRESHOLD = ("Fast", "Tea", "Fb")
@@ -227,11 +227,7 @@ def plain_number(value: Any) -> Any:
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     if any(value is option or (isinstance(option, str) and value == option) for option in allowed):
         return
-    meant = (
-        nearest(value, [option for option in allowed if isinstance(option, str)]) if isinstance(value, str) else None
-    )
-    suggestion = "; choose" if meant is None else f"; did you mean {meant!r}? Choose"
-    raise ValueError(f"{name}={value!r} is not known{suggestion} one of {', '.join(map(repr, allowed))}")
+    raise ValueError(f"{name}={value!r} {not_known(value, allowed, repr)}")
 
 
 def _count(name: str, value: Any) -> None:

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from xfuser.core.launched import rank
-from xfuser.core.spelling import did_you_mean
+from xfuser.config.launched import rank
+from xfuser.config.spelling import did_you_mean, not_known
 
 
 def with_underscores(arguments: Iterable[str]) -> list[str]:
@@ -60,9 +60,7 @@ class OneLineParser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is None or value in action.choices:
             return
-        known = [str(each) for each in action.choices]
-        said = f"{value!r} is not known{did_you_mean(str(value), known) or ';'} choose one of {', '.join(known)}"
-        raise argparse.ArgumentError(action, said.replace("? choose", "? Choose"))
+        raise argparse.ArgumentError(action, f"{value!r} {not_known(value, map(str, action.choices))}")
 
     def _print_message(self, message: str, file: Any = None) -> None:
         if rank() == 0:

@@ -9,6 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+# By suffix, what an image is saved with.
+IMAGE_FORMATS: dict[str, dict[str, Any]] = {
+    "png": {"format": "PNG"},
+    "jpg": {"format": "JPEG", "quality": 95},
+    "webp": {"format": "WEBP", "quality": 95},
+}
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from xfuser.core.launched import launched, local_rank, rank, world_size  # noqa: F401 (the rest is found here)
+from xfuser.config.launched import launched, local_rank, rank, world_size  # noqa: F401 (the rest is found here)
 
 DEVICES = ("auto", "cpu", "cuda")
 _starts = itertools.count()

@@ -22,9 +22,9 @@ from xfuser.core.distributed.environment import (
     numbered,
 )
 from xfuser.core.distributed.environment import local_rank as local_rank_of_launcher
+from xfuser.core.distributed.groups import Group, SequenceGroup, WeakGroup
 from xfuser.core.distributed.mesh import ParallelMesh
 from xfuser.names import looked_up
-from xfuser.xdit.groups import Group, SequenceGroup, WeakGroup
 
 __getattr__ = looked_up(__name__, {})
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from xfuser.core.modules import uncompiled
 from xfuser.model_executor.adapters import dit, flux, pixart, sd3
 from xfuser.model_executor.adapters.declaration import BoundArguments, KnownModel, ModelDeclaration, Streams
 
@@ -20,7 +21,7 @@ def declaration_of(transformer: Any) -> ModelDeclaration:
     Raises:
         TypeError: It is no module, or no declaration covers its class.
     """
-    transformer = getattr(transformer, "_orig_mod", transformer)  # torch.compile's wrapper
+    transformer = uncompiled(transformer)
     supported = ", ".join(sorted(DECLARATIONS))
     if isinstance(transformer, nn.Module):
         for ancestor in type(transformer).__mro__:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from xfuser.core.modules import uncompiled
 from xfuser.model_executor.cache.attach import Replacement, has_registry
 
 _CACHES_BY_ANOTHER_NAME = ("pyramid_attention_broadcast",)  # modules of diffusers.hooks whose name does not end so
@@ -17,11 +18,6 @@ _BLOCKS_INSTEAD = (
     "trajectory (target_speedup=3 and no use_cache), which takes a compiled transformer as it is"
 )
 COMPILED_WHOLE = f"this transformer is compiled as a whole; {_BLOCKS_INSTEAD}"
-
-
-def uncompiled(module: Any) -> Any:
-    """Find the module that `torch.compile` was given; the module itself where it was not."""
-    return getattr(module, "_orig_mod", module)
 
 
 def check_no_other_cache(module: nn.Module) -> None:

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from xfuser.core.spelling import did_you_mean
+from xfuser.config.spelling import did_you_mean
 from xfuser.model_executor.pipelines.model_types import MODEL_TYPES, SHORT_NAMES
 
 INDEX = "model_index.json"

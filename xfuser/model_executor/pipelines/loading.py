@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from packaging import version
 
-from xfuser.core.spelling import did_you_mean
+from xfuser.config.spelling import not_known
 from xfuser.model_executor.pipelines.model_types import MODEL_TYPES, ModelType, shipped_tiny_dit
 from xfuser.model_executor.pipelines.toy_parts import SIZE
 
@@ -112,8 +112,7 @@ def load_pipeline(
         ValueError: The type is unknown, or nothing can be loaded from there.
     """
     if model_type not in MODEL_TYPES:
-        said = f"model type {model_type!r} is not known{did_you_mean(model_type, MODEL_TYPES)}"
-        raise ValueError(f"{said}; choose one of {', '.join(MODEL_TYPES)}")
+        raise ValueError(f"model type {model_type!r} {not_known(model_type, MODEL_TYPES)}")
     spec = MODEL_TYPES[model_type]
     device = device or torch.device("cpu")
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)

@@ -12,18 +12,13 @@ import numpy as np
 from PIL import Image
 
 from xfuser.core.console import check_output_folder
-from xfuser.core.files import replacing, write_json
+from xfuser.core.files import IMAGE_FORMATS, replacing, write_json
 
 STATISTICS = "statistics.json"
 UNFINISHED = "unfinished.json"  # there while images are, and statistics are not
 RAW = "images.npy"
-FORMATS: dict[str, dict[str, Any]] = {
-    "png": {"format": "PNG"},
-    "jpg": {"format": "JPEG", "quality": 95},
-    "webp": {"format": "WEBP", "quality": 95},
-}
 _RAW_PART = "unfinished.npy"
-_IMAGE = re.compile(rf"image_\d{{5,}}\.({'|'.join(FORMATS)})")
+_IMAGE = re.compile(rf"image_\d{{5,}}\.({'|'.join(IMAGE_FORMATS)})")
 
 
 class Outputs:
@@ -36,7 +31,7 @@ class Outputs:
         folder: Where to write.
         command: The settings that the images depend on, in plain types; ``--resume`` wants the same again.
         count: How many images there will be.
-        image_format: A key of `FORMATS`.
+        image_format: A key of `IMAGE_FORMATS`.
         save_raw: Whether to write the pixels as float32 [N, H, W, C], 0 to 1, too.
         overwrite: Whether an earlier run's files may be replaced.
         resume: Whether to go on where an earlier run was stopped.
@@ -176,6 +171,6 @@ def save_image(pixels: np.ndarray, path: Path) -> Path:
     shades = np.round(pixels * 255).astype(np.uint8)
     with replacing(path) as temporary:
         Image.fromarray(shades[..., 0] if shades.shape[-1] == 1 else shades).save(
-            temporary, **FORMATS[path.suffix.removeprefix(".")]
+            temporary, **IMAGE_FORMATS[path.suffix.removeprefix(".")]
         )
     return path

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from xfuser.core.modules import uncompiled
 from xfuser.model_executor.cache.adacorrection.trajectory.layout import Layout
 
 SAMPLED = 4  # entries of every parameter
@@ -17,7 +18,7 @@ SAMPLED = 4  # entries of every parameter
 
 def describe_denoiser(module: nn.Module) -> dict[str, Any]:
     """Name a denoiser's class, configuration and weights, LoRA merged or active among them."""
-    module = getattr(module, "_orig_mod", module)
+    module = uncompiled(module)
     config = {key: _plain(value) for key, value in dict(getattr(module, "config", {}) or {}).items()}
     config = {key: value for key, value in config.items() if not key.startswith("_")}
     return {"class": type(module).__name__, "config": _digest(config), "weights": weights_digest(module)}

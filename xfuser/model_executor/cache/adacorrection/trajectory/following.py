@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import nn
 
+from xfuser.core.modules import uncompiled
 from xfuser.model_executor.cache.adacorrection.trajectory.wrapping import CallWrapper, Handler, is_wrapped
 from xfuser.model_executor.cache.attach import Replacement, check_scheduler_free
-from xfuser.model_executor.cache.foreign import check_no_other_cache, refuse_enable_cache, uncompiled
+from xfuser.model_executor.cache.foreign import check_no_other_cache, refuse_enable_cache
 
 # What a pipeline calls besides its denoisers; whatever else is a module is taken for one of them.
 NOT_DENOISERS = (

@@ -9,7 +9,7 @@ from typing import Any
 
 from xfuser.config.cache import plain_number
 
-AUTO, FIRST = "auto", "first"
+AUTO = "auto"
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from typing import Any
 
 _SHORTEST = 2  # letters that a name must have to count as the beginning of another one
 
@@ -30,6 +31,14 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Make what an error goes on with after a name that is not known: a question, or nothing."""
     meant = nearest(word, known)
     return "" if meant is None else f"; did you mean {meant}?"
+
+
+def not_known(value: Any, known: Iterable[Any], shown: Callable[[Any], str] = str) -> str:
+    """Make what an error says of a value that is not known: what was probably meant, and all that may be chosen."""
+    choices = list(known)
+    meant = nearest(value, [each for each in choices if isinstance(each, str)]) if isinstance(value, str) else None
+    choose = "; choose" if meant is None else f"; did you mean {shown(meant)}? Choose"
+    return f"is not known{choose} one of {', '.join(map(shown, choices))}"
 
 
 def _plain(name: str) -> str:
