@@ -54,7 +54,7 @@ setup(
         # then `pip install --no-build-isolation "xfuser[gpu]"`.
         "gpu": ["flash-attn>=2.6"],
         "ray": ["ray>=2.30"],
-        "test": ["pytest>=8.0", "ruff>=0.9", "peft>=0.15", "ray>=2.30"],
+        "test": ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.9", "peft>=0.15", "ray>=2.30"],
     },
     entry_points={"console_scripts": ["xdit = xfuser.cli:main"]},
     zip_safe=False,

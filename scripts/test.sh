@@ -12,5 +12,5 @@ say "ruff check"
 "$VENV_PYTHON" -m ruff check .
 say "ruff format --check"
 "$VENV_PYTHON" -m ruff format --check .
-say "pytest with OMP_NUM_THREADS=$OMP_NUM_THREADS"
-"$VENV_PYTHON" -m pytest "$@"
+say "pytest with OMP_NUM_THREADS=$OMP_NUM_THREADS, two files at a time"
+"$VENV_PYTHON" -m pytest -n 2 --dist loadfile "$@"
