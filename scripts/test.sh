@@ -2,6 +2,7 @@
 # Lint and test: bash scripts/test.sh [pytest arguments]
 # Sets up its own environment in .venv-test (or XFUSER_VENV); other settings: scripts/environment.sh.
 set -euo pipefail
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # two files run at a time
 # shellcheck source=scripts/environment.sh
 . "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 
