@@ -29,8 +29,9 @@ from PIL import Image
 from rich.progress import track
 from safetensors.torch import save_file
 from torch import nn
-from training import Plan, Training, normalise_latents, replace_file
+from training import Plan, Training, normalise_latents
 
+from xfuser.core.files import replacing, write_json
 from xfuser.metrics.features import FeatureNetwork
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -196,11 +197,12 @@ def export(args: argparse.Namespace, judge: FeatureNetwork, vae: AutoencoderKL, 
     pipeline.save_pretrained(args.output, safe_serialization=True)
     index = args.output / "model_index.json"
     described = json.loads(index.read_text()) | {"id2label": {str(i): name for i, name in enumerate(CLASS_NAMES)}}
-    replace_file(index, lambda path: path.write_text(json.dumps(described, indent=2) + "\n"))
+    write_json(index, described)
     folder = args.output / "evaluation"
     folder.mkdir(exist_ok=True)
     weights = {key: value.half() if value.is_floating_point() else value for key, value in judge.state_dict().items()}
-    replace_file(folder / "classifier.safetensors", lambda path: save_file(weights, path))
+    with replacing(folder / "classifier.safetensors") as temporary:
+        save_file(weights, temporary)
     network = FeatureNetwork.load(folder / "classifier.safetensors")
     images, labels = load_images(args.data, "test")
     predicted = torch.cat([network.classify(unit(batch)).argmax(1) for batch in images.split(512)])
@@ -234,7 +236,8 @@ def judge_samples(args: argparse.Namespace) -> None:
     grid = Image.fromarray((torch.cat(rows) * 255).round().byte().numpy())
     grid = grid.resize((grid.width * 2, grid.height * 2), Image.Resampling.LANCZOS)
     args.grid.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(args.grid, lambda path: grid.save(path, format="PNG"))
+    with replacing(args.grid) as temporary:
+        grid.save(temporary, format="PNG")
 
 
 def parse_args() -> argparse.Namespace:

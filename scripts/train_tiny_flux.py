@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import os
 from functools import partial
 from pathlib import Path
@@ -46,8 +45,9 @@ from tiny_flux_parts import (
     load_emoji,
 )
 from tiny_flux_text import found, report_matcher, train_matcher, train_text, unit
-from training import Plan, Training, constant_then_linear, normalise_latents, replace_file
+from training import Plan, Training, constant_then_linear, normalise_latents
 
+from xfuser.core.files import replacing, write_json
 from xfuser.metrics.matcher import ImageTextMatcher
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,7 +105,8 @@ def cached_latents(args: argparse.Namespace, vae: AutoencoderKL, emoji: Emoji) -
     path, made_by = args.workdir / "latents.safetensors", args.workdir / "autoencoder.safetensors"
     if not path.exists() or path.stat().st_mtime < made_by.stat().st_mtime:
         latents = encode_images(vae, emoji.images)
-        replace_file(path, lambda place: save_file({"latents": latents}, place))
+        with replacing(path) as temporary:
+            save_file({"latents": latents}, temporary)
     return load_file(path)["latents"]
 
 
@@ -206,7 +207,8 @@ def export(
     )
     pipeline.save_pretrained(args.output, safe_serialization=True)
     (args.output / "evaluation").mkdir(exist_ok=True)
-    replace_file(args.output / "evaluation" / "matcher.safetensors", matcher.save)
+    with replacing(args.output / "evaluation" / "matcher.safetensors") as temporary:
+        matcher.save(temporary)
     size = sum(path.stat().st_size for path in args.output.rglob("*") if path.is_file())
     print(f"export       {args.output}: {size / 1e6:.2f} MB")
 
@@ -241,14 +243,14 @@ def judge(args: argparse.Namespace, emoji: Emoji) -> None:
     print(f"judge        {len(captions)} generated images: caption in its top 10: {share:.3f} (real ones: {real:.3f})")
     record = {"real": real, "generated": share, "images": len(captions), "steps": args.judged_steps}
     record["guidance_scale"] = args.guidance_scale
-    text = json.dumps(record, indent=2) + "\n"
-    replace_file(args.output / "evaluation" / "matched.json", lambda path: path.write_text(text))
+    write_json(args.output / "evaluation" / "matched.json", record)
     rows = [torch.cat(list(row), dim=2) for row in draw(args, list(DRAWN) * 2, seed=0).split(8)]
     pixels = (torch.cat(rows, dim=1).permute(1, 2, 0) * 255).round().byte().numpy()
     grid = Image.fromarray(pixels)
     grid = grid.resize((grid.width * 2, grid.height * 2), Image.Resampling.LANCZOS)
     args.grid.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(args.grid, lambda path: grid.save(path, format="PNG"))
+    with replacing(args.grid) as temporary:
+        grid.save(temporary, format="PNG")
 
 
 def parse_args() -> argparse.Namespace:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,15 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from xfuser.core.files import replacing
+
 Loss = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 WARMUP_STEPS = 100
-
-
-def replace_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file beside its place, then rename it, so that a crash leaves the old one whole."""
-    temporary = path.with_name(f".{path.name}.partial")
-    write(temporary)
-    os.replace(temporary, path)
 
 
 def cosine(progress: float) -> float:
@@ -137,7 +131,8 @@ class Training:
         # Tied weights share their storage, which safetensors refuses.
         tensors = {key: value.clone() for key, value in tensors.items()}
         metadata = {"step": str(self.step)}
-        replace_file(self.path, lambda path: save_file(tensors, path, metadata=metadata))
+        with replacing(self.path) as temporary:
+            save_file(tensors, temporary, metadata=metadata)
 
     def _restore(self) -> None:
         tensors = load_file(self.path)
