@@ -39,6 +39,7 @@ from benchmark.measure import measure  # noqa: E402
 from benchmark.outcomes import Run, exit_code, failures, remarks  # noqa: E402
 from benchmark.rows import SUFFIX, Correction, Row, build_rows, on_trajectory, wanted_methods  # noqa: E402
 from benchmark.sweep import INTERVALS, POINTS, RANGE, Sweep, build_sweep, left_out  # noqa: E402
+from evaluation.report import comparison_sheet, frontier_table, results_table, write_report  # noqa: E402
 from xfuser.config.arguments import (  # noqa: E402
     add_base_arguments,
     add_correction_arguments,
@@ -70,7 +71,6 @@ from xfuser.model_executor.pipelines.choosing import resolve_model  # noqa: E402
 from xfuser.model_executor.pipelines.generate import save_image  # noqa: E402
 from xfuser.model_executor.pipelines.loading import shipped_tiny_dit  # noqa: E402
 from xfuser.model_executor.pipelines.outline import outline  # noqa: E402
-from xfuser.report import comparison_sheet, frontier_table, results_table, write_report  # noqa: E402
 
 NAME = "cache_execute"
 RESULTS = "cache_execute_results.json"

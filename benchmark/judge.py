@@ -12,9 +12,7 @@ import torch
 
 from benchmark.outcomes import Run
 from benchmark.rows import BLOCKS
-from xfuser.config import CacheConfig
-from xfuser.config.arguments import READS
-from xfuser.metrics import (
+from evaluation.metrics import (
     FeatureNetwork,
     Interval,
     Reference,
@@ -30,6 +28,8 @@ from xfuser.metrics import (
     ssim,
     worst_tenth,
 )
+from xfuser.config import CacheConfig
+from xfuser.config.arguments import READS
 from xfuser.model_executor.pipelines import LoadedPipeline
 
 SMALLEST_SAMPLE = 32  # below this a Fréchet distance in 64 dimensions says nothing

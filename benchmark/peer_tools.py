@@ -19,9 +19,9 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from torch import nn
 
+from evaluation.report.columns import told_from_noise
+from evaluation.report.style import COLOURS, DPI, png
 from xfuser.core.distributed.failing import one_line
-from xfuser.report.columns import told_from_noise
-from xfuser.report.style import COLOURS, DPI, png
 
 TEMPERED = 1e-10  # share of the mean power added to a least-squares fit, against rounding only
 

@@ -49,10 +49,7 @@ from benchmark.peer_tools import (  # noqa: E402
     plain,
     table_of,
 )
-from xfuser.config.arguments import positive  # noqa: E402
-from xfuser.core.distributed.environment import choose_device, describe_environment  # noqa: E402
-from xfuser.core.files import replacing, write_json  # noqa: E402
-from xfuser.metrics import (  # noqa: E402
+from evaluation.metrics import (  # noqa: E402
     FeatureNetwork,
     difference_interval,
     frechet_interval,
@@ -64,6 +61,9 @@ from xfuser.metrics import (  # noqa: E402
     ssim,
     worst_tenth,
 )
+from xfuser.config.arguments import positive  # noqa: E402
+from xfuser.core.distributed.environment import choose_device, describe_environment  # noqa: E402
+from xfuser.core.files import replacing, write_json  # noqa: E402
 from xfuser.model_executor.pipelines import LoadedPipeline, load_pipeline  # noqa: E402
 from xfuser.model_executor.pipelines.loading import shipped_tiny_dit  # noqa: E402
 

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure as Picture
 from rich.table import Table
 
 from benchmark.scaling_fit import Comparison, Extrapolation
+from evaluation.report.style import COLOURS, DPI, png
 from xfuser.core.distributed.clock import CATEGORIES
-from xfuser.report.style import COLOURS, DPI, png
 
 PARTS = (*CATEGORIES, "rest")
 

@@ -40,6 +40,7 @@ from benchmark.judge import Judge  # noqa: E402
 from benchmark.measure import measure  # noqa: E402
 from benchmark.outcomes import exit_code, failures, remarks  # noqa: E402
 from benchmark.rows import Correction, Row, base_names, build_rows  # noqa: E402
+from evaluation.report.columns import RESULT_COLUMNS, Column  # noqa: E402
 from xfuser.config.arguments import (  # noqa: E402
     add_base_arguments,
     add_correction_arguments,
@@ -51,7 +52,6 @@ from xfuser.core.distributed.environment import choose_device  # noqa: E402
 from xfuser.core.files import write_json, write_text  # noqa: E402
 from xfuser.model_executor.pipelines import MODEL_TYPES, load_pipeline  # noqa: E402
 from xfuser.model_executor.pipelines.choosing import resolve_model  # noqa: E402
-from xfuser.report.columns import RESULT_COLUMNS, Column  # noqa: E402
 
 RESULTS, MARKDOWN = "sensitivity_results.json", "sensitivity.md"
 PARAMETERS = {"adacorr_gamma": "γ", "adacorr_lambda": "λ"}

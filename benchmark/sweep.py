@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmark.outcomes import Run
 from benchmark.rows import Correction, Row, rows_of, uncached
-from xfuser.report.frontier import frontiers
+from evaluation.report.frontier import frontiers
 
 POINTS = 5
 RANGE = (0.5, 4.0)  # the first and the last threshold, times the method's own; below, tiny-dit hardly ever hits

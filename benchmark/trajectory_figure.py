@@ -15,13 +15,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from evaluation.metrics import psnr  # noqa: E402
+from evaluation.report.trajectory import trajectory_panel  # noqa: E402
 from xfuser.config.parser import OneLineParser  # noqa: E402
 from xfuser.core.files import replacing  # noqa: E402
-from xfuser.metrics import psnr  # noqa: E402
 from xfuser.model_executor.cache.adacorrection.trajectory import attach_trajectory  # noqa: E402
 from xfuser.model_executor.cache.adacorrection.trajectory.generation import prev_sample_of  # noqa: E402
 from xfuser.model_executor.pipelines.loading import LoadedPipeline, load_pipeline  # noqa: E402
-from xfuser.report.trajectory import trajectory_panel  # noqa: E402
 
 STEPS, IMAGES = 50, 16
 LEARNED_FROM, DRAWN = 600_000, 500_000

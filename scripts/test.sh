@@ -13,5 +13,7 @@ say "ruff check"
 "$VENV_PYTHON" -m ruff check .
 say "ruff format --check"
 "$VENV_PYTHON" -m ruff format --check .
+say "lint-imports"
+"$(dirname -- "$VENV_PYTHON")/lint-imports" --no-cache >/dev/null || "$(dirname -- "$VENV_PYTHON")/lint-imports" --no-cache
 say "pytest with OMP_NUM_THREADS=$OMP_NUM_THREADS, two files at a time"
 "$VENV_PYTHON" -m pytest -n 2 --dist loadfile "$@"

@@ -11,7 +11,7 @@ from torch import nn
 from training import Training
 from transformers import PreTrainedTokenizerFast
 
-from xfuser.metrics.matcher import EMBEDDING_DIM, ImageTextMatcher
+from evaluation.metrics.matcher import EMBEDDING_DIM, ImageTextMatcher
 
 TOP = 10
 SCALE = 20.0  # of likenesses in the matcher's softmax

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -29,10 +30,12 @@ from PIL import Image
 from rich.progress import track
 from safetensors.torch import save_file
 from torch import nn
-from training import Plan, Training, normalise_latents
+from training import PRECISION_HELP, PRECISIONS, Plan, Training, autocast, normalise_latents
 
-from xfuser.core.files import replacing, write_json
-from xfuser.metrics.features import FeatureNetwork
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from evaluation.metrics.features import FeatureNetwork  # noqa: E402
+from xfuser.core.files import replacing, write_json  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASS_NAMES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
@@ -191,7 +194,7 @@ def train_transformer(args: argparse.Namespace, judge: FeatureNetwork, vae: Auto
 
 
 def export(args: argparse.Namespace, judge: FeatureNetwork, vae: AutoencoderKL, dit: DiTTransformer2DModel) -> None:
-    from xfuser.metrics.reference import write_reference
+    from evaluation.metrics.reference import write_reference
 
     pipeline = DiTPipeline(transformer=dit.half(), vae=vae.half(), scheduler=build_scheduler())
     pipeline.save_pretrained(args.output, safe_serialization=True)
@@ -214,7 +217,7 @@ def export(args: argparse.Namespace, judge: FeatureNetwork, vae: AutoencoderKL, 
 
 def judge_samples(args: argparse.Namespace) -> None:
     """Generate --judged images with the exported pipeline: class accuracy, FID and a grid, one class a column."""
-    from xfuser.metrics import frechet_distance, gaussian, read_reference
+    from evaluation.metrics import frechet_distance, gaussian, read_reference
 
     pipeline = DiTPipeline.from_pretrained(args.output, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
@@ -261,22 +264,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--checkpoint_every", type=int, default=100, help="batches (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all, %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    parser.add_argument(
-        "--precision",
-        choices=("auto", "bf16", "fp32"),
-        default="auto",
-        help="autocast of autoencoder and transformer; auto takes bf16 where the processor multiplies it natively",
-    )
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help=PRECISION_HELP)
     args = parser.parse_args()
     if not args.data.is_file():
         parser.error(f"--data: no file {args.data}")
     if args.classifier and not args.classifier.is_file():
         parser.error(f"--classifier: no file {args.classifier}")
-    if args.precision == "auto":
-        args.precision = "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
     kept = {"seed": args.seed, "checkpoint_every": args.checkpoint_every, "batch_size": args.batch_size}
     args.plan = partial(Plan, args.workdir, **kept)
-    args.autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=args.precision == "bf16")
+    args.autocast = autocast(args.precision)
     return args
 
 

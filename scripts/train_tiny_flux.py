@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import copy
 import os
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,11 +45,14 @@ from tiny_flux_parts import (
     build_transformer,
     load_emoji,
 )
-from tiny_flux_text import found, report_matcher, train_matcher, train_text, unit
-from training import Plan, Training, constant_then_linear, normalise_latents
+from training import PRECISION_HELP, PRECISIONS, Plan, Training, autocast, constant_then_linear, normalise_latents
 
-from xfuser.core.files import replacing, write_json
-from xfuser.metrics.matcher import ImageTextMatcher
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tiny_flux_text import found, report_matcher, train_matcher, train_text, unit  # noqa: E402
+
+from evaluation.metrics.matcher import ImageTextMatcher  # noqa: E402
+from xfuser.core.files import replacing, write_json  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOWS = ("coarse", "transformer", "guide")
@@ -276,11 +280,11 @@ def parse_args() -> argparse.Namespace:
     add("--checkpoint_every", type=int, default=100, help="batches (default: %(default)s)")
     add("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all, %(default)s)")
     add("--seed", type=int, default=0, help="(default: %(default)s)")
-    add("--precision", choices=("bf16", "fp32"), default="bf16", help="autocast of autoencoder and text encoders")
+    add("--precision", choices=PRECISIONS, default="auto", help=PRECISION_HELP)
     args = parser.parse_args()
     if not args.data.is_file():
         parser.error(f"--data: no file {args.data}")
-    args.autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=args.precision == "bf16")
+    args.autocast = autocast(args.precision)
     return args
 
 

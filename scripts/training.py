@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,6 +29,17 @@ def cosine(progress: float) -> float:
 def constant_then_linear(progress: float) -> float:
     """Return 1 until three quarters of the run and a straight line to 0 after: a run can be prolonged at any time."""
     return min(1.0, 4 * (1 - progress))
+
+
+def autocast(precision: str) -> Callable[[], torch.autocast]:
+    """Return what makes a context of this precision; ``auto`` is what the processor multiplies natively."""
+    if precision == "auto":
+        precision = "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+    return partial(torch.autocast, "cpu", torch.bfloat16, enabled=precision == "bf16")
+
+
+PRECISIONS = ("auto", "bf16", "fp32")
+PRECISION_HELP = "autocast of the networks; auto takes bf16 where the processor multiplies it natively"
 
 
 @dataclass(frozen=True)

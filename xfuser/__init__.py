@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from xfuser.names import looked_up
+from xfuser.lazy import lazy_attributes
 from xfuser.xdit.finder import install
 
 _PUBLIC = {
@@ -26,12 +26,12 @@ _PUBLIC = {
         "xFuserPixArtSigmaPipeline",
         "xFuserStableDiffusion3Pipeline",
     ),
-    "xfuser.model_executor.pipelines.upstream",
+    "xfuser.xdit.pipelines",
 )
 
 __all__ = [*_PUBLIC]
 
 # Looked up on first use: importing diffusers takes seconds, which `xdit --help` should not wait for.
-__getattr__ = looked_up(__name__, _PUBLIC)
+__getattr__ = lazy_attributes(__name__, _PUBLIC)
 
 install()

@@ -18,9 +18,9 @@ from pool import SMALL, Job, Pool, alone, generate, loaded, mesh_of
 from xfuser.config import ParallelConfig
 from xfuser.core.distributed import parallel_state
 from xfuser.core.distributed.agreement import Agreement
-from xfuser.core.distributed.parallel_state import init_distributed_environment
 from xfuser.model_executor.parallel import ParallelPipeline, parallelize
 from xfuser.model_executor.pipelines.loading import shipped_tiny_dit
+from xfuser.xdit.parallel_state import init_distributed_environment
 
 STEPS = 4
 ULYSSES = {"ulysses_degree": 2}

@@ -144,7 +144,7 @@ def test_ulysses_and_ring_within_the_sequence(four: Pool) -> None:
 BY_HAND = """
 import sys, torch
 from xfuser.core.distributed import get_world_group, init_distributed_environment
-from xfuser.core.distributed.parallel_state import destroy_distributed_environment
+from xfuser.xdit.parallel_state import destroy_distributed_environment
 
 rank, port = map(int, sys.argv[1:])
 init_distributed_environment(2, rank, distributed_init_method=f"tcp://localhost:{port}", local_rank=7 + rank)

@@ -14,7 +14,7 @@ from xfuser.cli import main
 from xfuser.config import FlexibleArgumentParser, InputConfig
 from xfuser.core.distributed import get_runtime_state
 from xfuser.model_executor.pipelines.toy_pixart import build_toy_pixart
-from xfuser.model_executor.pipelines.upstream import xFuserPixArtAlphaPipeline
+from xfuser.xdit.pipelines import xFuserPixArtAlphaPipeline
 
 
 @pytest.mark.parametrize("level", ["blocks", "trajectory"])

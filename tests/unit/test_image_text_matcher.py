@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from xfuser.metrics.matcher import ImageTextMatcher
+from evaluation.metrics.matcher import ImageTextMatcher
 
 CAPTIONS = ("red apple", "blue heart", "cat face")
 

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from scipy.linalg import sqrtm
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from xfuser.metrics import (
+from evaluation.metrics import (
     FeatureNetwork,
     Interval,
     difference_interval,

@@ -27,7 +27,7 @@ from benchmark.peer_tools import (
     table_of,
 )
 from benchmark.peers import compare
-from xfuser.metrics import psnr, worst_tenth
+from evaluation.metrics import psnr, worst_tenth
 
 STEPS = 50
 

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from xfuser.report import comparison_sheet, decision_map, quality_speed_curve, results_table, write_report
-from xfuser.report.columns import RESULT_COLUMNS, psnr_verdict
+from evaluation.report import comparison_sheet, decision_map, quality_speed_curve, results_table, write_report
+from evaluation.report.columns import RESULT_COLUMNS, psnr_verdict
 
 HOSTILE = "<b>x"
 VOID = {"meta", "img", "br", "link", "input"}
@@ -275,7 +275,7 @@ def test_failed_write_keeps_the_old_report(tmp_path: Path, monkeypatch: pytest.M
     def refuse(*_: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("xfuser.report.html.os.replace", refuse)
+    monkeypatch.setattr("evaluation.report.html.os.replace", refuse)
     with pytest.raises(OSError, match="disk full"):
         write_report(path, make_document(), {}, {})
     assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]

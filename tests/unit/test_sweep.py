@@ -17,8 +17,8 @@ from benchmark import cache_execute, sensitivity
 from benchmark.outcomes import Run, Unreportable, check
 from benchmark.rows import Row
 from benchmark.sweep import INTERVALS, RANGE, settings_of
+from evaluation.report import frontier, frontier_table, frontiers, sweep_curves, write_report
 from xfuser.config import CacheConfig
-from xfuser.report import frontier, frontier_table, frontiers, sweep_curves, write_report
 
 
 def asked(line: str) -> tuple[list[Any], Any]:

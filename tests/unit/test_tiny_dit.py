@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from xfuser.metrics import FeatureNetwork, read_reference
+from evaluation.metrics import FeatureNetwork, read_reference
 from xfuser.model_executor.cache import apply_cache_on_pipeline
 from xfuser.model_executor.pipelines import LoadedPipeline, load_pipeline
 from xfuser.model_executor.pipelines.loading import shipped_tiny_dit

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from xfuser.metrics.matcher import ImageTextMatcher
+from evaluation.metrics.matcher import ImageTextMatcher
 from xfuser.model_executor.pipelines import MODEL_TYPES, load_pipeline
 from xfuser.model_executor.pipelines.choosing import resolve_model
 from xfuser.model_executor.pipelines.model_types import shipped_tiny_flux

@@ -9,9 +9,9 @@ import pytest
 
 from benchmark.cache_execute import parser, rows_to_run
 from benchmark.rows import Correction, build_rows, on_trajectory
+from evaluation.report import write_report
 from xfuser.cli import main
 from xfuser.model_executor.pipelines.loading import shipped_tiny_dit
-from xfuser.report import write_report
 
 SETTINGS = {"Tea": {"use_cache": "Tea", "rel_l1_thresh": 0.06}}
 

@@ -18,8 +18,8 @@ import xfuser
 from xfuser.config import EngineConfig, FlexibleArgumentParser, InputConfig, xFuserArgs
 from xfuser.core.distributed import get_runtime_state, get_world_group
 from xfuser.model_executor.parallel.batch import part_of_batch
-from xfuser.model_executor.pipelines import upstream
 from xfuser.model_executor.pipelines.toy_flux import build_toy_flux
+from xfuser.xdit import pipelines as upstream
 
 SIZE = {"height": 64, "width": 64, "max_sequence_length": 64}
 CALL = SIZE | {"num_inference_steps": 4, "output_type": "np"}

@@ -25,10 +25,10 @@ from xfuser.core.distributed import (
     model_parallel_is_initialized,
     runtime_state_is_initialized,
 )
-from xfuser.core.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
 from xfuser.core.long_ctx_attention import xFuserLongContextAttention
 from xfuser.model_executor.pipelines.toy_flux import build_toy_flux
 from xfuser.xdit.diffusers_versions import MINIMUM
+from xfuser.xdit.parallel_state import destroy_distributed_environment, destroy_model_parallel
 
 CPU = torch.device("cpu")
 SHAPE = (2, 6, 4, 8)  # images, tokens, heads, channels

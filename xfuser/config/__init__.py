@@ -1,20 +1,13 @@
 """Settings as frozen dataclasses, and their reading from a command line."""
 
-from xfuser.config.args import FlexibleArgumentParser, xFuserArgs
 from xfuser.config.cache import CacheConfig
-from xfuser.config.config import EngineConfig, InputConfig, ModelConfig, RuntimeConfig
 from xfuser.config.parallel import ParallelConfig
-from xfuser.names import looked_up
+from xfuser.lazy import lazy_attributes
 
-__all__ = [
-    "CacheConfig",
-    "EngineConfig",
-    "FlexibleArgumentParser",
-    "InputConfig",
-    "ModelConfig",
-    "ParallelConfig",
-    "RuntimeConfig",
-    "xFuserArgs",
-]
+_XDIT = dict.fromkeys(("FlexibleArgumentParser", "xFuserArgs"), "xfuser.xdit.args") | dict.fromkeys(
+    ("EngineConfig", "InputConfig", "ModelConfig", "RuntimeConfig"), "xfuser.xdit.configs"
+)
 
-__getattr__ = looked_up(__name__, dict.fromkeys(__all__, __name__))
+__all__ = ["CacheConfig", "ParallelConfig", *_XDIT]
+
+__getattr__ = lazy_attributes(__name__, dict.fromkeys(("CacheConfig", "ParallelConfig"), __name__) | _XDIT)

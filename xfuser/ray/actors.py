@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from xfuser.config import EngineConfig, InputConfig
 from xfuser.core.distributed.environment import choose_device, join_processes
-from xfuser.core.distributed.parallel_state import is_dp_last_group, start
 from xfuser.model_executor.parallel.autoencoder import ParallelDecoder
 from xfuser.ray.cluster import ray
+from xfuser.xdit.configs import EngineConfig, InputConfig
+from xfuser.xdit.parallel_state import is_dp_last_group, start
 
 
 class Process:

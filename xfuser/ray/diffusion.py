@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from xfuser.config import EngineConfig, InputConfig
 from xfuser.ray.actors import DecodingProcess, ImageProcess
 from xfuser.ray.cluster import collect, connect, end_processes, ray, start_processes
+from xfuser.xdit.configs import EngineConfig, InputConfig
 
 
 class Images(list):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.machinery
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
+from xfuser.lazy import fallbacks, lazy_attributes
 from xfuser.xdit.table import MODULES, NOT_CARRIED_OVER, PIPELINE_MODULES, REFUSING_PIPELINES
 
 
@@ -37,18 +39,34 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         """Let its names be looked up where they live."""
-        from xfuser.names import looked_up
-
         names = MODULES[module.__name__]
+        if isinstance(names, str):
+            names = {each: names for each in vars(importlib.import_module(names)) if not each.startswith("_")}
         found: Any = module
         found.__all__ = list(names)
-        found.__getattr__ = looked_up(module.__name__, names)
+        found.__getattr__ = lazy_attributes(module.__name__, names)
 
 
 def install() -> None:
-    """Let Python ask the finder, once."""
+    """Let Python ask the finder for modules, and modules ask `stand_in` for names; once."""
     if not any(isinstance(each, Finder) for each in sys.meta_path):
         sys.meta_path.append(Finder())
+        fallbacks.append(stand_in)
+
+
+def stand_in(module: str, name: str) -> type | None:
+    """Return the class that stands for a pipeline that is not carried over; ``None`` for what is not xDiT's.
+
+    Raises:
+        ImportError: xDiT has the name, and it is not carried over. (After an AttributeError the importer would say
+            "cannot import name", without the reason.)
+    """
+    if module in PIPELINE_MODULES and name in REFUSING_PIPELINES:
+        from xfuser.xdit.refusing import refusing
+
+        return refusing(name, REFUSING_PIPELINES[name])
+    refuse(f"{module}.{name}")
+    return None
 
 
 def refuse(name: str) -> None:
@@ -58,12 +76,3 @@ def refuse(name: str) -> None:
         instead = NOT_CARRIED_OVER.get(".".join(parts[:length]))
         if instead is not None:
             raise ImportError(f"xDiT's {name} is not carried over: {instead}")
-
-
-def refusing_pipeline(module: str, name: str) -> type | None:
-    """The class that stands for a pipeline which is not carried over; ``None`` where a module has no such pipeline."""
-    if module not in PIPELINE_MODULES or name not in REFUSING_PIPELINES:
-        return None
-    from xfuser.xdit.refusing import refusing
-
-    return refusing(name, REFUSING_PIPELINES[name])

@@ -13,7 +13,7 @@ from yunchang.hybrid.utils import RING_IMPL_DICT
 from yunchang.kernels import AttnType
 
 from xfuser.core.attention.sequence import torch_kernel
-from xfuser.core.distributed.parallel_state import get_sp_group
+from xfuser.xdit.parallel_state import get_sp_group
 
 _STRATEGIES = ("front", "rear")
 _RINGS = ("basic", "zigzag", "strip")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 # -- pipelines: a script imports many and uses one, so that the others refuse when they are used -----------------------
 
-_UPSTREAM = "xfuser.model_executor.pipelines.upstream"
+_UPSTREAM = "xfuser.xdit.pipelines"
 OTHER_MODELS = "this engine runs FLUX, PixArt, Stable Diffusion 3 and DiT; use xDiT itself for other models"
 _CACHE_WRAPPER = "use xfuser.apply_cache_on_pipeline(pipeline, use_cache='Fast')"
 
@@ -77,14 +77,19 @@ PIPELINE_MODULES = ("xfuser", _PIPELINES, *_REFUSING_MODULES)
 # -- modules of xDiT that have no file here: where their names live ---------------------------------------------------
 
 _ATTENTION = {"xFuserLongContextAttention": "xfuser.xdit.long_context_attention"}
-MODULES: dict[str, dict[str, str]] = {
+MODULES: dict[str, dict[str, str] | str] = {  # each name's own place, or one that has them all
+    "xfuser.config.args": "xfuser.xdit.args",
+    "xfuser.config.config": "xfuser.xdit.configs",
     "xfuser.config.diffusers": dict.fromkeys(
         ("get_minimum_diffusers_version", "has_valid_diffusers_version"), "xfuser.xdit.diffusers_versions"
     ),
     "xfuser.core.long_ctx_attention": _ATTENTION,
     "xfuser.core.long_ctx_attention.hybrid": _ATTENTION,
     "xfuser.core.long_ctx_attention.hybrid.attn_layer": _ATTENTION,
+    "xfuser.core.distributed.parallel_state": "xfuser.xdit.parallel_state",
+    "xfuser.core.distributed.runtime_state": "xfuser.xdit.runtime_state",
     "xfuser.logger": {"init_logger": "xfuser.xdit.logger"},
+    "xfuser.parallel": {"xDiTParallel": _UPSTREAM},
     **{f"{_PIPELINES}.{module}": {name: _UPSTREAM} for module, name in _OWN_MODULES.items()},
     **{module: {} for module in _REFUSING_MODULES},
 }

@@ -1,8 +1,8 @@
 """The process, its devices, and what the ranks that share an image tell each other."""
 
-from xfuser.names import looked_up
+from xfuser.lazy import lazy_attributes
 
-_STATE = "xfuser.core.distributed.parallel_state"
+_STATE = "xfuser.xdit.parallel_state"
 _PUBLIC = dict.fromkeys(
     (
         "get_classifier_free_guidance_rank",
@@ -36,10 +36,10 @@ _PUBLIC = dict.fromkeys(
     _STATE,
 ) | dict.fromkeys(
     ("get_runtime_state", "initialize_runtime_state", "runtime_state_is_initialized"),
-    "xfuser.core.distributed.runtime_state",
+    "xfuser.xdit.runtime_state",
 )
 
 __all__ = [*_PUBLIC]
 
 # Looked up on first use: these modules import torch.
-__getattr__ = looked_up(__name__, _PUBLIC)
+__getattr__ = lazy_attributes(__name__, _PUBLIC)

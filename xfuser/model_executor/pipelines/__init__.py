@@ -1,6 +1,6 @@
 """Loading diffusers pipelines and running them."""
 
-from xfuser.names import looked_up
+from xfuser.lazy import lazy_attributes
 
 __all__ = ["MODEL_TYPES", "LoadedPipeline", "load_pipeline"]
 
@@ -9,4 +9,4 @@ _LOADING["MODEL_TYPES"] = "xfuser.model_executor.pipelines.model_types"
 _XDIT = tuple(f"xFuser{name}Pipeline" for name in ("Flux", "PixArtAlpha", "PixArtSigma", "StableDiffusion3"))
 
 # Looked up on first use: they import torch and diffusers, which takes seconds.
-__getattr__ = looked_up(__name__, _LOADING | dict.fromkeys(_XDIT, "xfuser.model_executor.pipelines.upstream"))
+__getattr__ = lazy_attributes(__name__, _LOADING | dict.fromkeys(_XDIT, "xfuser.xdit.pipelines"))

@@ -1,8 +1,8 @@
 """The import path that xDiT's scripts know `RayDiffusionPipeline` by."""
 
-from xfuser.names import looked_up
+from xfuser.lazy import lazy_attributes
 from xfuser.ray.diffusion import RayDiffusionPipeline
 
 __all__ = ["RayDiffusionPipeline"]
 
-__getattr__ = looked_up(__name__, {})
+__getattr__ = lazy_attributes(__name__, {})

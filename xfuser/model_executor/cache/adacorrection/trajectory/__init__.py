@@ -1,11 +1,11 @@
 """AdaCorrection on the trajectory: learned correction of the latent, once a step, at the denoiser's output."""
 
-from xfuser.names import looked_up
+from xfuser.lazy import lazy_attributes
 
 __all__ = ["TrajectoryConfig", "TrajectoryEngine", "attach_trajectory"]
 
 _ROOM = "xfuser.model_executor.cache.adacorrection.trajectory"
-__getattr__ = looked_up(
+__getattr__ = lazy_attributes(
     __name__,
     {
         "TrajectoryConfig": f"{_ROOM}.settings",

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from xfuser.config import CacheConfig, EngineConfig
+from xfuser.config import CacheConfig
 from xfuser.config.arguments import READS
 from xfuser.config.cache import WITH_THRESHOLD, base_method
-from xfuser.core.distributed.parallel_state import model_parallel_is_initialized
+from xfuser.xdit.configs import EngineConfig
+from xfuser.xdit.parallel_state import model_parallel_is_initialized
 
 _BUDGETS = ("adacorr_mode", "adacorr_tolerance", "adacorr_budget")  # three ways to say one thing
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from xfuser.report.columns import is_finite
+from evaluation.report.columns import is_finite
 
 # Savings of FLOPs that differ by less count as equal: that much is allowed between rows of the same cost.
 TIES = {"speedup": 0.0, "flops_saved": 0.01}

@@ -24,9 +24,6 @@ from xfuser.core.distributed.environment import (
 from xfuser.core.distributed.environment import local_rank as local_rank_of_launcher
 from xfuser.core.distributed.groups import Group, SequenceGroup, WeakGroup
 from xfuser.core.distributed.mesh import ParallelMesh
-from xfuser.names import looked_up
-
-__getattr__ = looked_up(__name__, {})
 
 
 @dataclass

@@ -18,7 +18,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import ArrayLike
 
-from xfuser.metrics.distribution import Moments, as_features, gaussian, kernel_distances_without_each
+from evaluation.metrics.distribution import Moments, as_features, gaussian, kernel_distances_without_each
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def frechet_interval(
     """Interval of the Fréchet distance from features [N, D] to a fixed Gaussian, mean [D] and covariance [D, D].
 
     The replicates are scaled to the value measured (see the module). Raises ValueError as
-    :func:`~xfuser.metrics.distribution.frechet_distance` and :func:`mean_interval` do.
+    :func:`~evaluation.metrics.distribution.frechet_distance` and :func:`mean_interval` do.
     """
     features = as_features(features)
     reference = Moments.of(reference_mean, reference_covariance)
@@ -85,7 +85,7 @@ def kernel_interval(features: ArrayLike, reference: ArrayLike, level: float = 0.
 
     The jackknife's (Efron and Stein 1981), normal and symmetric; where the distance is 0 it is too wide rather than too
     narrow. An interval that holds 0 says that chance alone explains the value. Raises ValueError as
-    :func:`~xfuser.metrics.distribution.kernel_distances_without_each` does, and for ``level`` outside (0, 1).
+    :func:`~evaluation.metrics.distribution.kernel_distances_without_each` does, and for ``level`` outside (0, 1).
     """
     if not 0.0 < level < 1.0:
         raise ValueError(f"level is {level}; expected within (0, 1)")

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from xfuser.report.style import kind
+from evaluation.report.style import kind
 
 # A row's name says these.
 NAMED = ("use_cache", "enable_adacorrection")

@@ -13,14 +13,14 @@ from urllib.parse import quote
 import jinja2
 import numpy as np
 
+from evaluation.report.columns import COMPARISON_COLUMNS, RESULT_COLUMNS, psnr_verdict
+from evaluation.report.curves import sweep_curves
+from evaluation.report.figures import decision_map, quality_speed_curve, trace_arrays
+from evaluation.report.settings import split_settings
+from evaluation.report.sheet import draw_sheet
+from evaluation.report.table import frontier_rows
+from evaluation.report.trajectory import trajectory_panel
 from xfuser.core.files import write_text
-from xfuser.report.columns import COMPARISON_COLUMNS, RESULT_COLUMNS, psnr_verdict
-from xfuser.report.curves import sweep_curves
-from xfuser.report.figures import decision_map, quality_speed_curve, trace_arrays
-from xfuser.report.settings import split_settings
-from xfuser.report.sheet import draw_sheet
-from xfuser.report.table import frontier_rows
-from xfuser.report.trajectory import trajectory_panel
 
 _SCHEMA = 1
 
@@ -41,9 +41,9 @@ def write_report(
             empty: the report then has no comparison sheet. Where a row names its ``images``, files relative to the
             report, the sheet links to them.
         traces: For each corrected method the record of one run, as for
-            :func:`xfuser.report.figures.decision_map`. May be empty.
+            :func:`evaluation.report.figures.decision_map`. May be empty.
         trajectories: For each method on the trajectory its record, as for
-            :func:`xfuser.report.trajectory.trajectory_panel`.
+            :func:`evaluation.report.trajectory.trajectory_panel`.
 
     Raises:
         ValueError: The document's schema is not 1, or an image or a trace has the wrong shape.

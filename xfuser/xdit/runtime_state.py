@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from xfuser.config.config import EngineConfig, InputConfig, RuntimeConfig
 from xfuser.config.parallel import ParallelConfig
-from xfuser.core.distributed.parallel_state import destroy_distributed_environment, get_world_group, start
+from xfuser.xdit.configs import EngineConfig, InputConfig, RuntimeConfig
+from xfuser.xdit.parallel_state import destroy_distributed_environment, get_world_group, start
 
 
 class RuntimeState:

@@ -7,7 +7,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from xfuser.report.columns import RESULT_COLUMNS, Cell
+from evaluation.report.columns import RESULT_COLUMNS, Cell
 
 WIDE = 130
 FRONTIER_COLUMNS = ("speedup", "flops_saved", "psnr", "fid_vs_uncached", "fid")

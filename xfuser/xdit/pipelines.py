@@ -19,15 +19,15 @@ from diffusers import (
 )
 from PIL import Image
 
-from xfuser.config import EngineConfig, InputConfig
 from xfuser.config.cache import FIRST
-from xfuser.core.distributed.parallel_state import current_mesh, is_dp_last_group
 from xfuser.core.files import replacing
 from xfuser.model_executor.parallel import ParallelPipeline, parallelize
 from xfuser.model_executor.parallel.batch import part_of_batch
 from xfuser.model_executor.pipelines.generate import save_image
 from xfuser.model_executor.pipelines.loading import DTYPE, MODEL_TYPES
-from xfuser.model_executor.pipelines.upstream_settings import cache_settings_of, check_loading, check_runtime
+from xfuser.xdit.configs import EngineConfig, InputConfig
+from xfuser.xdit.parallel_state import current_mesh, is_dp_last_group
+from xfuser.xdit.settings import cache_settings_of, check_loading, check_runtime
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -1,6 +1,6 @@
 """Image quality: distances between distributions of features, similarity of image pairs, and their uncertainty."""
 
-from xfuser.metrics.bootstrap import (
+from evaluation.metrics.bootstrap import (
     Interval,
     difference_interval,
     frechet_interval,
@@ -9,10 +9,10 @@ from xfuser.metrics.bootstrap import (
     paired_frechet_difference,
     paired_frechet_ratio,
 )
-from xfuser.metrics.distribution import frechet_distance, gaussian, kernel_distance
-from xfuser.metrics.features import FeatureNetwork
-from xfuser.metrics.reference import Reference, read_reference, write_reference
-from xfuser.metrics.similarity import psnr, ssim, worst_tenth
+from evaluation.metrics.distribution import frechet_distance, gaussian, kernel_distance
+from evaluation.metrics.features import FeatureNetwork
+from evaluation.metrics.reference import Reference, read_reference, write_reference
+from evaluation.metrics.similarity import psnr, ssim, worst_tenth
 
 __all__ = [
     "FeatureNetwork",

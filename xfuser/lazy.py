@@ -1,4 +1,4 @@
-"""Names that a package looks up on first use, and names of xDiT that it does not carry over."""
+"""Names that a package looks up on first use, so that importing it does not import torch and diffusers."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+# Asked for ``(module, name)`` that a module does not have; returns what stands for it, or raises, or returns None.
+fallbacks: list[Callable[[str, str], Any]] = []
 
-def looked_up(module: str, public: Mapping[str, str]) -> Callable[[str], Any]:
-    """A module's ``__getattr__``.
 
-    Of xDiT's names that are not carried over a pipeline is found, and refuses when it is used; any other is an
-    ImportError that says what to use instead.
+def lazy_attributes(module: str, public: Mapping[str, str]) -> Callable[[str], Any]:
+    """Return a module's ``__getattr__``.
 
     Args:
         module: The module's name.
@@ -23,13 +23,10 @@ def looked_up(module: str, public: Mapping[str, str]) -> Callable[[str], Any]:
             return getattr(importlib.import_module(public[name]), name)
         if name.startswith("__"):  # Python asks every module for some of these, and goes on without
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        from xfuser.xdit.finder import refuse, refusing_pipeline
-
-        pipeline = refusing_pipeline(module, name)
-        if pipeline is not None:
-            return pipeline
-        # An AttributeError would reach the importer as "cannot import name", without the reason.
-        refuse(f"{module}.{name}")
+        for fallback in fallbacks:
+            found = fallback(module, name)
+            if found is not None:
+                return found
         known = f"; it has {', '.join(public)}" if public else ""
         raise AttributeError(f"module {module!r} has no attribute {name!r}{known}")
 

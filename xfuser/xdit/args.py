@@ -18,12 +18,12 @@ from xfuser.config.arguments import (
     positive,
 )
 from xfuser.config.cache import METHODS
-from xfuser.config.config import OUTPUT_TYPES, EngineConfig, InputConfig, ModelConfig, RuntimeConfig
 from xfuser.config.launched import launched
 from xfuser.config.parallel import ParallelConfig
 from xfuser.config.parser import OneLineParser
 from xfuser.config.refused import RefusedArguments, add_refused_arguments
-from xfuser.config.workers import WorkerArguments, add_worker_arguments
+from xfuser.xdit.configs import OUTPUT_TYPES, EngineConfig, InputConfig, ModelConfig, RuntimeConfig
+from xfuser.xdit.workers import WorkerArguments, add_worker_arguments
 
 
 class FlexibleArgumentParser(OneLineParser):
@@ -178,8 +178,8 @@ class xFuserArgs(WorkerArguments, RefusedArguments):  # noqa: N801 (xDiT's name)
             output_type=self.output_type,
             guidance_scale=self.guidance_scale,
         )
-        # The only import that runs upward: xDiT's scripts expect this call to start the processes.
-        from xfuser.core.distributed.parallel_state import start
+        # Imports torch, which reading a command line does without.
+        from xfuser.xdit.parallel_state import start
 
         if not self.use_ray:  # otherwise the processes that Ray starts meet each other
             start(parallel)

@@ -10,8 +10,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from xfuser.report.columns import is_finite
-from xfuser.report.style import COLOURS, DPI, MARKERS, kind, label_points, png
+from evaluation.report.columns import is_finite
+from evaluation.report.style import COLOURS, DPI, MARKERS, kind, label_points, png
 
 UNCACHED = "#444444"
 _LINES = {"plain": "-", "variant": ":", "corrected": "-", "opponent": "--"}

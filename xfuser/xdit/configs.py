@@ -6,14 +6,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from xfuser.config.parallel import ParallelConfig
-from xfuser.names import looked_up
 
 if TYPE_CHECKING:
     import torch
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-
-__getattr__ = looked_up(__name__, {})
 
 
 @dataclass

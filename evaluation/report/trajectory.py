@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from xfuser.report.style import DPI, png
+from evaluation.report.style import DPI, png
 
 BLUE, RED, GREY = "#2b6cb0", "#b04a3a", "#888888"
 

@@ -12,8 +12,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from xfuser.report.columns import is_finite
-from xfuser.report.style import DPI, KINDS, MARKERS, family, family_colours, kind, label_points, log_ticks, png
+from evaluation.report.columns import is_finite
+from evaluation.report.style import DPI, KINDS, MARKERS, family, family_colours, kind, label_points, log_ticks, png
 
 
 def quality_speed_curve(results: Sequence[Mapping[str, Any]]) -> bytes:

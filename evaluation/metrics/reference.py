@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from xfuser.metrics.distribution import gaussian
+from evaluation.metrics.distribution import gaussian
 
 SUBSET_SIZE = 2000
 SUBSET_SEED = 0
