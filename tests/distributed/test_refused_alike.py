@@ -16,10 +16,10 @@ import torch.distributed as dist
 from pool import SMALL, Job, Pool, alone, generate, loaded, mesh_of
 
 from xfuser.config import ParallelConfig
-from xfuser.core.distributed import parallel_state
 from xfuser.core.distributed.agreement import Agreement
 from xfuser.model_executor.parallel import ParallelPipeline, parallelize
 from xfuser.model_executor.pipelines.loading import shipped_tiny_dit
+from xfuser.xdit import parallel_state
 from xfuser.xdit.parallel_state import init_distributed_environment
 
 STEPS = 4

@@ -21,8 +21,8 @@ from xfuser.core.distributed import (
     get_sp_group,
     get_world_group,
     initialize_model_parallel,
-    parallel_state,
 )
+from xfuser.xdit import parallel_state
 
 GROUPS = {
     "world": get_world_group,

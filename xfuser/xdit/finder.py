@@ -41,10 +41,15 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         """Let its names be looked up where they live."""
         names = MODULES[module.__name__]
         if isinstance(names, str):
-            names = {each: names for each in vars(importlib.import_module(names)) if not each.startswith("_")}
+            own = vars(importlib.import_module(names))
+            names = {each: names for each in own if not each.startswith("_") and _is_ours(own[each])}
         found: Any = module
         found.__all__ = list(names)
         found.__getattr__ = lazy_attributes(module.__name__, names)
+
+
+def _is_ours(value: Any) -> bool:
+    return str(getattr(value, "__module__", "")).startswith("xfuser.") or isinstance(value, tuple)
 
 
 def install() -> None:

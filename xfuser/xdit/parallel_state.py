@@ -5,7 +5,9 @@ The engine itself hands a `ParallelMesh` on; this module is for scripts that wer
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -240,80 +242,29 @@ def _group(
     return ranks, rank, _process.local_rank, _process.device, WeakGroup(members)
 
 
-def get_data_parallel_world_size() -> int:
-    return current_mesh().degree("data")
+def _asks(question: Callable[[ParallelMesh], int | bool]) -> Callable[[], Any]:
+    """Return a function without arguments that asks this process's mesh (RuntimeError where there is none)."""
+    return lambda: question(current_mesh())
 
 
-def get_data_parallel_rank() -> int:
-    return current_mesh().rank("data")
-
-
-def get_classifier_free_guidance_world_size() -> int:
-    return current_mesh().degree("cfg")
-
-
-def get_classifier_free_guidance_rank() -> int:
-    return current_mesh().rank("cfg")
-
-
-def get_pipeline_parallel_world_size() -> int:
-    """PipeFusion's stages."""
-    return current_mesh().degree("pipefusion")
-
-
-def get_pipeline_parallel_rank() -> int:
-    """This process's stage."""
-    return current_mesh().rank("pipefusion")
-
-
-def is_pipeline_first_stage() -> bool:
-    return get_pipeline_parallel_rank() == 0
-
-
-def is_pipeline_last_stage() -> bool:
-    return get_pipeline_parallel_rank() == get_pipeline_parallel_world_size() - 1
-
-
-def get_sequence_parallel_world_size() -> int:
-    """Ranks that share the tokens of a stage: ring x ulysses."""
-    return current_mesh().config.sequence_degree
-
-
-def get_sequence_parallel_rank() -> int:
-    return current_mesh().sequence_rank
-
-
-def get_ulysses_parallel_world_size() -> int:
-    return current_mesh().degree("ulysses")
-
-
-def get_ulysses_parallel_rank() -> int:
-    return current_mesh().rank("ulysses")
-
-
-def get_ring_parallel_world_size() -> int:
-    return current_mesh().degree("ring")
-
-
-def get_ring_parallel_rank() -> int:
-    return current_mesh().rank("ring")
-
-
-def get_tensor_model_parallel_rank() -> int:
-    """Always 0: there is no tensor parallelism."""
-    current_mesh()
-    return 0
-
-
-def get_tensor_model_parallel_world_size() -> int:
-    """Always 1: there is no tensor parallelism."""
-    current_mesh()
-    return 1
-
-
-def get_dit_world_size() -> int:
-    """All processes: each of them runs the transformer."""
-    return current_mesh().config.world_size
+# PipeFusion's stages are xDiT's pipeline; the ranks that share a stage's tokens (ring x ulysses) its sequence group.
+get_data_parallel_world_size = _asks(lambda mesh: mesh.degree("data"))
+get_data_parallel_rank = _asks(lambda mesh: mesh.rank("data"))
+get_classifier_free_guidance_world_size = _asks(lambda mesh: mesh.degree("cfg"))
+get_classifier_free_guidance_rank = _asks(lambda mesh: mesh.rank("cfg"))
+get_pipeline_parallel_world_size = _asks(lambda mesh: mesh.degree("pipefusion"))
+get_pipeline_parallel_rank = _asks(lambda mesh: mesh.rank("pipefusion"))
+is_pipeline_first_stage = _asks(lambda mesh: mesh.rank("pipefusion") == 0)
+is_pipeline_last_stage = _asks(lambda mesh: mesh.rank("pipefusion") == mesh.degree("pipefusion") - 1)
+get_sequence_parallel_world_size = _asks(lambda mesh: mesh.config.sequence_degree)
+get_sequence_parallel_rank = _asks(lambda mesh: mesh.sequence_rank)
+get_ulysses_parallel_world_size = _asks(lambda mesh: mesh.degree("ulysses"))
+get_ulysses_parallel_rank = _asks(lambda mesh: mesh.rank("ulysses"))
+get_ring_parallel_world_size = _asks(lambda mesh: mesh.degree("ring"))
+get_ring_parallel_rank = _asks(lambda mesh: mesh.rank("ring"))
+get_tensor_model_parallel_world_size = _asks(lambda mesh: 1)  # there is no tensor parallelism
+get_tensor_model_parallel_rank = _asks(lambda mesh: 0)
+get_dit_world_size = _asks(lambda mesh: mesh.config.world_size)  # each of them runs the transformer
 
 
 def is_dp_last_group() -> bool:
