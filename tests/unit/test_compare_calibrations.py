@@ -1,0 +1,56 @@
+"""benchmark/compare_calibrations.py judges calibrations on images that they were not learned from."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from benchmark.compare_calibrations import check, judge, load_for, table_of
+from benchmark.measure import Sampling
+from xfuser.model_executor.pipelines.loading import shipped_tiny_dit
+
+SHIPPED = shipped_tiny_dit() / "calibration" / "trajectory"
+LEARNED_FROM = 1 << 29
+
+
+def test_a_copy_differs_by_nothing_and_costs_no_more_than_was_asked(tmp_path: Path) -> None:
+    copy = tmp_path / "copy.safetensors"
+    shutil.copy(SHIPPED / "ddim-20.safetensors", copy)
+    files = [SHIPPED / "ddim-20.safetensors", copy]
+    known = check(files, 2, 7)
+    loaded = load_for(known[0])
+    loaded.pipeline.set_progress_bar_config(disable=True)
+    rows = judge(loaded, files, [0.5, 0.3], Sampling(2, 2, known[0].steps, 1.5, 7))
+    assert [(row["budget"], row["calibration"]) for row in rows] == [
+        (budget, path.name) for budget in (0.5, 0.3) for path in files
+    ]
+    for original, copied in zip(rows[::2], rows[1::2], strict=True):
+        assert copied["images"] == original["images"]
+        assert copied["psnr_difference"]["value"] == 0
+        assert original["budget"] - 0.1 < copied["cost"] <= original["budget"] + 1e-9
+    assert rows[0]["psnr"]["value"] > rows[2]["psnr"]["value"] > 30
+    assert table_of(rows).row_count == 4
+
+
+def test_a_file_of_another_scheduler_brings_its_scheduler() -> None:
+    (known,) = check([SHIPPED / "dpm++2m-25.safetensors"], 2, 7)
+    assert type(load_for(known).pipeline.scheduler).__name__ == "DPMSolverMultistepScheduler"
+    assert known.steps == 25
+
+
+def test_different_numbers_of_steps_are_not_compared() -> None:
+    with pytest.raises(ValueError, match="another scheduler or number of steps"):
+        check([SHIPPED / "ddim-20.safetensors", SHIPPED / "ddim-50.safetensors"], 2, 7)
+
+
+@pytest.mark.parametrize("seed", [LEARNED_FROM, LEARNED_FROM - 1, LEARNED_FROM + 15])
+def test_images_that_were_learned_from_do_not_judge(seed: int) -> None:
+    with pytest.raises(ValueError, match="judge by others"):
+        check([SHIPPED / "ddim-20.safetensors"], 2, seed)
+
+
+def test_the_images_next_to_those_learned_from_do() -> None:
+    for seed in (LEARNED_FROM - 2, LEARNED_FROM + 16):
+        check([SHIPPED / "ddim-20.safetensors"], 2, seed)
