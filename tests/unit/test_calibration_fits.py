@@ -14,6 +14,7 @@ from xfuser.model_executor.pipelines.model_types import shipped_tiny_dit
 SHIPPED = shipped_tiny_dit() / "calibration"
 BLOCKS, TRAJECTORY = SHIPPED / "ddim-20.safetensors", SHIPPED / "trajectory" / "ddim-20.safetensors"
 TEA, GOAL = ["--use_cache", "Tea"], ["--adacorr_budget", "0.3"]
+CORRECTED = [*TEA, "--enable_adacorrection"]
 STEPS = ["--num_inference_steps", "20"]
 
 
@@ -45,6 +46,11 @@ def other(tmp_path: Path) -> Path:
         (str(TRAJECTORY), [*TEA, *STEPS], ["is of the trajectory", "--target_speedup"]),
         (str(BLOCKS), [*GOAL, *STEPS], ["is of the blocks, and --adacorr_budget needs", "--level trajectory"]),
         ("auto", TEA, ["--calibration auto goes with --target_speedup"]),
+        (str(TRAJECTORY), CORRECTED, ["was made with 20 steps, and --num_inference_steps is 50"]),
+        (str(TRAJECTORY), [*CORRECTED, *STEPS, "--ulysses_degree", "2"], ["--use_cache Tea", "in one process only"]),
+        (str(TRAJECTORY), [*CORRECTED, *STEPS, "--data_parallel_degree", "2"], ["in one process only"]),
+        ("auto", [*CORRECTED, "--use_cfg_parallel"], ["in one process only", "--adacorr_budget"]),
+        (str(TRAJECTORY), [*CORRECTED, *STEPS, "--resume"], ["--resume would count again"]),
         ("nowhere.safetensors", TEA, ["no such file", "xdit calibrate --output nowhere.safetensors"]),
         (
             "OTHER/scheduler.safetensors",
@@ -69,7 +75,7 @@ def test_what_does_not_fit(
     assert all(word in lines[0] for word in words), lines[0]
 
 
-@pytest.mark.parametrize(("path", "arguments"), [(BLOCKS, TEA), (TRAJECTORY, GOAL)])
+@pytest.mark.parametrize(("path", "arguments"), [(BLOCKS, TEA), (TRAJECTORY, GOAL), (TRAJECTORY, CORRECTED)])
 def test_what_fits_goes_on(path: Path, arguments: list[str], tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="weights were loaded"):
         cli.main(["generate", *STEPS, *arguments, "--calibration", str(path), "--output_dir", str(tmp_path)])

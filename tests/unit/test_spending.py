@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from xfuser import apply_cache_on_pipeline
+from evaluation.metrics import psnr
+from xfuser import apply_cache_on_pipeline, cli
 from xfuser.config import ParallelConfig
-from xfuser.model_executor.parallel import parallelize
+from xfuser.core.distributed.mesh import ParallelMesh
+from xfuser.model_executor.parallel import AlonePipeline, parallelize
 from xfuser.model_executor.pipelines.loading import load_pipeline, shipped_tiny_dit
 
 STEPS = 20
@@ -129,6 +133,47 @@ def test_an_interrupted_count_counts_nothing(pipeline: Any, tmp_path: Path) -> N
 def test_two_answers_to_what_is_spent_are_refused(pipeline: Any, setting: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="leave one of them out"):
         apply_cache_on_pipeline(pipeline, use_cache="Tea", enable_adacorrection=True, calibration=SHIPPED, **setting)
+
+
+def test_the_command_spends_on_the_trajectory_after_one_counted_batch(tmp_path: Path) -> None:
+    common = ["generate", "--class_label", "0", "1", "--num_images", "6", "--batch_size", "2", "--threads", "1"]
+    common += ["--num_inference_steps", str(STEPS), "--save_raw"]
+    spent = ["--use_cache", "Tea", "--enable_adacorrection", "--calibration", str(SHIPPED)]
+    cli.main([*common, "--output_dir", str(tmp_path / "uncached")])
+    cli.main([*common, *spent, "--output_dir", str(tmp_path / "spent")])
+    uncached, ours = (np.load(tmp_path / name / "images.npy") for name in ("uncached", "spent"))
+    assert np.array_equal(ours[:2], uncached[:2])  # the batch that is counted is evaluated in full
+    assert not np.array_equal(ours[2:], uncached[2:])
+    assert psnr(ours[2:], uncached[2:]).mean() > 40
+    statistics = json.loads((tmp_path / "spent" / "statistics.json").read_text())
+    cache = statistics["cache"]
+    assert cache["method"] == "trajectory" and cache["base"].startswith("Tea")
+    assert 0.3 < cache["evaluated_share"] <= cache["asked"]["adacorr_budget"] < 0.7
+    assert statistics["settings"]["cache"]["use_cache"] == "Tea"
+
+
+def test_the_command_counts_compiled_blocks_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    common = ["generate", "--class_label", "0", "--num_images", "2", "--batch_size", "1", "--threads", "1"]
+    common += ["--num_inference_steps", str(STEPS), "--use_cache", "Tea", "--enable_adacorrection", "--save_raw"]
+    common += ["--calibration", str(SHIPPED)]
+    for name, flags in (("plain", []), ("compiled", ["--use_torch_compile"])):
+        cli.main([*common, *flags, "--output_dir", str(tmp_path / name)])
+    plain, compiled = (np.load(tmp_path / name / "images.npy") for name in ("plain", "compiled"))
+    assert np.array_equal(plain, compiled)
+
+
+def test_a_pipeline_is_free_again_after_it_was_refused_or_removed(pipeline: Any) -> None:
+    mesh, before = ParallelMesh(ParallelConfig(), torch.device("cpu")), set(vars(pipeline.transformer))
+    blocks = [set(vars(block)) for block in pipeline.transformer.transformer_blocks]
+    settings = {"use_cache": "Tea", "enable_adacorrection": True, "use_torch_compile": True}
+    with pytest.raises(TypeError, match="unknown"):
+        AlonePipeline(pipeline, mesh, calibration=SHIPPED, nonsense=1, **settings)
+    alone = AlonePipeline(pipeline, mesh, calibration=SHIPPED, **settings)
+    assert alone.gather(1) == [1] and alone.steps_done == 0
+    alone.remove()
+    assert set(vars(pipeline.transformer)) == before
+    assert [set(vars(block)) for block in pipeline.transformer.transformer_blocks] == blocks
 
 
 def test_several_ranks_are_refused(pipeline: Any) -> None:

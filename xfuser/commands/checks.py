@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 
-from xfuser.config.arguments import READS, cache_method, named_settings
+from xfuser.config.arguments import READS, cache_method, named_settings, parallel_config
 from xfuser.config.cache import FIRST
 from xfuser.config.parallel import ParallelConfig
 from xfuser.config.spelling import did_you_mean
@@ -116,6 +116,18 @@ def check_cache(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} belongs to --use_cache {readers[0]}{also}; leave it out")
     if args.resume and args.calibration == FIRST:
         raise ValueError("--resume with --calibration first would learn again, from other images; use a file")
+
+
+def check_counting(args: argparse.Namespace) -> None:
+    """Refuse what does not go with a base method whose compute is counted in the first batch (ValueError)."""
+    said = f"--calibration {args.calibration} with --use_cache {cache_method(args)}"
+    if parallel_config(args).world_size > 1:
+        raise ValueError(
+            f"{said}: what the base method would spend is counted in one process only; on several name "
+            "--adacorr_budget and no base method"
+        )
+    if args.resume:
+        raise ValueError(f"{said}: --resume would count again, from other images; name --adacorr_budget instead")
 
 
 def read_prompts(args: argparse.Namespace) -> None:

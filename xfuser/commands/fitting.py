@@ -13,6 +13,11 @@ from xfuser.model_executor.cache.adacorrection.trajectory.settings import AUTO
 from xfuser.model_executor.pipelines.choosing import INDEX, read_index
 from xfuser.model_executor.pipelines.model_types import MODEL_TYPES
 
+GOES_WITH = (
+    "goes with --target_speedup, --min_psnr or --adacorr_budget and no base method, or with one and "
+    "--enable_adacorrection"
+)
+
 
 def check_calibration_fits(args: argparse.Namespace, goal: str | None) -> None:
     """Refuse a calibration of another kind, model, scheduler or number of steps.
@@ -30,16 +35,13 @@ def check_calibration_fits(args: argparse.Namespace, goal: str | None) -> None:
         return
     path, named = Path(args.calibration), f"--calibration {args.calibration}"
     if goal is None and args.calibration == AUTO:
-        raise ValueError(f"{named} goes with --target_speedup, --min_psnr or --adacorr_budget and no base method")
+        raise ValueError(f"{named} {GOES_WITH}")
     if not path.is_file():
         raise ValueError(f"{named}: no such file; make it with `xdit calibrate --output {args.calibration}`")
     made_with = _described(path, named)
     of_trajectory = made_with.get("kind") == KIND
     if of_trajectory and goal is None:
-        raise ValueError(
-            f"{named} is of the trajectory: it goes with --target_speedup, --min_psnr or --adacorr_budget, and no base "
-            "method"
-        )
+        raise ValueError(f"{named} is of the trajectory: it {GOES_WITH}")
     if goal is not None and not of_trajectory:
         raise ValueError(
             f"{named} is of the blocks, and {goal} needs one of the trajectory; make it with `xdit calibrate --level "

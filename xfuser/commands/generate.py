@@ -6,7 +6,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from xfuser.commands.checks import ALL_CLASSES, check_cache, check_conditions, check_generation, labels_of
+from xfuser.commands.checks import (
+    ALL_CLASSES,
+    check_cache,
+    check_conditions,
+    check_counting,
+    check_generation,
+    labels_of,
+)
 from xfuser.commands.fitting import check_calibration_fits
 from xfuser.commands.loaded import load_and_request
 from xfuser.commands.stopping import stop
@@ -18,7 +25,8 @@ from xfuser.core.distributed.environment import choose_device, join_processes, l
 from xfuser.core.distributed.failing import begin_together, decided_by_first, finish, watch
 from xfuser.core.distributed.mesh import ParallelMesh
 from xfuser.model_executor.cache.adacorrection.trajectory import TrajectoryConfig
-from xfuser.model_executor.parallel import ParallelPipeline, check_combination, parallelize
+from xfuser.model_executor.cache.apply import spends_as_base
+from xfuser.model_executor.parallel import AlonePipeline, ParallelPipeline, check_combination, parallelize
 from xfuser.model_executor.pipelines.choosing import resolve_model
 from xfuser.model_executor.pipelines.generate import batches_of, generate_images
 from xfuser.model_executor.pipelines.loading import LoadedPipeline
@@ -82,7 +90,9 @@ def run_generate(args: argparse.Namespace) -> None:
             loaded.pipeline.vae.enable_slicing()
         return finished, (loaded, request)
 
-    def spread(loaded: LoadedPipeline) -> ParallelPipeline:
+    def spread(loaded: LoadedPipeline) -> ParallelPipeline | AlonePipeline:
+        if spends_as_base(settings.get("use_cache"), settings):
+            return AlonePipeline(loaded.pipeline, mesh, use_torch_compile=args.use_torch_compile, **settings)
         return parallelize(loaded.pipeline, mesh, use_torch_compile=args.use_torch_compile, **settings)
 
     document = None
@@ -109,8 +119,12 @@ def cache_of(args: argparse.Namespace) -> tuple[CacheConfig | TrajectoryConfig, 
     settings = trajectory_settings(args)
     if settings is None:
         settings = cache_settings(args, MODEL_TYPES[args.model_type].thresholds)
-        check_calibration_fits(args, None)
-        return CacheConfig.from_keywords(**settings), settings
+        if not spends_as_base(settings["use_cache"], settings):
+            check_calibration_fits(args, None)
+            return CacheConfig.from_keywords(**settings), settings
+        check_counting(args)
+        check_calibration_fits(args, f"--use_cache {settings['use_cache']}")
+        return CacheConfig.from_keywords(**{**settings, "calibration": None}), settings
     goal = next(name for name in (*GOALS, "adacorr_budget") if name in settings)
     check_calibration_fits(args, f"--{goal}")
     return TrajectoryConfig(**settings), settings

@@ -63,7 +63,7 @@ def apply_cache_on_pipeline(
         >>> engine = apply_cache_on_pipeline(pipeline, target_speedup=3)
     """
     if spends_as_base(use_cache, settings):
-        return _attach_as_base(pipeline, use_cache, settings)
+        return attach_as_base(pipeline, use_cache, **settings)
     if on_trajectory(use_cache, settings):
         settings.pop("enable_adacorrection", None)
         return attach_trajectory(pipeline, **settings)
@@ -114,7 +114,8 @@ def spends_as_base(use_cache: str | None, settings: dict[str, Any]) -> bool:
     return True
 
 
-def _attach_as_base(pipeline: Any, use_cache: str | None, settings: dict[str, Any]) -> TrajectoryEngine:
+def attach_as_base(pipeline: Any, use_cache: str | None, **settings: Any) -> TrajectoryEngine:
+    """Attach what `spends_as_base` tells of; arguments and errors as for `apply_cache_on_pipeline`."""
     above = {name: settings.pop(name) for name in (*ONLY_TRAJECTORY, "calibration") if name in settings}
     config = CacheConfig.from_keywords(use_cache=use_cache, **settings)
     if getattr(pipeline, "transformer", None) is None:

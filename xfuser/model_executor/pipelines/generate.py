@@ -18,7 +18,7 @@ from xfuser.core.distributed.environment import synchronize
 from xfuser.core.distributed.failing import LostPeer, is_lost, reason_of
 from xfuser.core.distributed.mesh import ParallelMesh
 from xfuser.core.shards import part
-from xfuser.model_executor.parallel import ParallelPipeline
+from xfuser.model_executor.parallel import AlonePipeline, ParallelPipeline
 from xfuser.model_executor.pipelines.loading import LoadedPipeline
 from xfuser.model_executor.pipelines.outputs import Outputs, save_image
 
@@ -106,7 +106,7 @@ def conditions_hash(conditions: list[Any]) -> str:
 def generate_images(
     loaded: LoadedPipeline,
     request: Generation,
-    parallel: ParallelPipeline,
+    parallel: ParallelPipeline | AlonePipeline,
     outputs: Outputs,
     finished: frozenset[int] = frozenset(),
     settings: dict[str, Any] | None = None,
@@ -162,7 +162,7 @@ def generate_images(
 def _generate(
     loaded: LoadedPipeline,
     request: Generation,
-    parallel: ParallelPipeline,
+    parallel: ParallelPipeline | AlonePipeline,
     outputs: Outputs,
     schedule: list[list[range]],
 ) -> list[dict[str, Any]]:
@@ -207,7 +207,7 @@ def _collect_objects(mesh: ParallelMesh, value: dict[str, Any]) -> list[dict[str
     return values
 
 
-def evidence(parallel: ParallelPipeline) -> dict[str, Any]:
+def evidence(parallel: ParallelPipeline | AlonePipeline) -> dict[str, Any]:
     """What the ranks that share an image can say of what they did, in plain types. Collective."""
     summary = parallel.summary()
     told = parallel.gather((summary["plan_digest"], parallel.parameter_bytes()))
@@ -218,6 +218,7 @@ def evidence(parallel: ParallelPipeline) -> dict[str, Any]:
     }
     result |= {"plan_digests": [digest for digest, _ in told], "parameter_bytes": [count for _, count in told]}
     if "pipefusion" in summary:
+        assert isinstance(parallel, ParallelPipeline)
         measured = parallel.efficiency()
         summary["pipefusion"] |= {"measured_efficiency": measured}
         result["pipefusion"] = summary["pipefusion"]

@@ -51,6 +51,8 @@ def print_trajectory(document: dict[str, Any], folder: Path) -> None:
         "PSNR to uncached": f"predicted {_number(predicted.get('psnr'))} dB, from {cache['images_known']} image(s)",
         "generations": f"{cache['generations']}, of which {cache['learned_generations']} were learned from, in full",
     }
+    if cache.get("base"):
+        rows["base method"] = f"{cache['base']}: counted in the first batch, in full, then spent"
     if cache["non_finite"]:
         rows["corrections dropped"] = f"{cache['non_finite']} steps, not finite"
     if cache["not_learned_because"]:
