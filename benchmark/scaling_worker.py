@@ -149,8 +149,8 @@ class Decisions:
     def __init__(self, spread: ParallelPipeline) -> None:
         self.seconds, self.calls = 0.0, 0
         self._clock = spread.clock
-        deliberation = spread.engine.deliberation
-        original = deliberation.decide
+        planner = spread.engine.planner
+        original = planner.plan
 
         def decide(*args: Any, **kwargs: Any) -> Any:
             begin, booked = time.perf_counter(), self._exchanged()
@@ -159,7 +159,7 @@ class Decisions:
             self.calls += 1
             return result
 
-        deliberation.decide = decide  # it goes when the engine does
+        planner.plan = decide  # it goes when the engine does
 
     def _exchanged(self) -> float:
         return self._clock.seconds.get("statistics", 0.0)

@@ -30,15 +30,15 @@ def perturbed(job: Job, scale: float, seed: int) -> Outcome:
         if rank != seed % torch.distributed.get_world_size():
             return
         generator = torch.Generator().manual_seed(seed)
-        execution = spread.engine.execution
-        original = execution.streams_of
+        runner = spread.engine.runner
+        original = runner.streams_of
 
         def streams_of(index: int, args: Any, kwargs: Any) -> Any:
             streams = original(index, args, kwargs)
             noise = torch.randn(streams[0].shape, generator=generator)
             return (streams[0] + scale * noise * streams[0].abs().mean(), *streams[1:])
 
-        execution.streams_of = streams_of
+        runner.streams_of = streams_of
 
     return run(job, prepare)
 

@@ -13,6 +13,7 @@ from toys import FAMILIES, ScriptedTransformer, Toy, attached, drive, growing_va
 
 from xfuser.model_executor.cache.approximation import ORDERS, Extrapolation, extrapolation_weights, remainder
 from xfuser.model_executor.cache.memory import BranchMemory
+from xfuser.model_executor.cache.plan import Span
 
 
 @pytest.mark.parametrize(
@@ -130,10 +131,10 @@ def test_a_run_stands_in_as_the_sum_of_its_blocks() -> None:
     assert memory.nodes(1) == (2, 0)
     inputs = tuple(torch.ones(2, 1, 4, 3))
     weights = (1.5, -0.5)
-    outputs = memory.stand_in(0, 2, inputs, weights)
+    outputs = memory.stand_in(Span(0, 2), inputs, weights)
     one_by_one = inputs
     for unit in range(3):
-        one_by_one = memory.stand_in(unit, unit, one_by_one, weights)
+        one_by_one = memory.stand_in(Span(unit, unit), one_by_one, weights)
     for stream in range(2):
         old, new = ([chain[unit + 1][stream] - chain[unit][stream] for unit in range(3)] for chain in states)
         expected = inputs[stream] + 1.5 * sum(new) - 0.5 * sum(old)

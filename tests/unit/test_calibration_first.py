@@ -63,7 +63,7 @@ def test_first_learns_what_calibrate_would(dit: Toy) -> None:
     with attached(dit.pipeline, "pipeline", "Fast", calibration="first") as engine:
         dit.images(STEPS)
         dit.images(STEPS)
-        learned = engine.deliberation.calibration
+        learned = engine.planner.calibration
     assert torch.equal(learned.gram, expected.gram)
     assert (learned.noise, learned.tea) == (expected.noise, expected.tea)
     assert learned.provenance == expected.provenance
@@ -91,7 +91,7 @@ def test_another_number_of_steps_is_learned_anew(dit: Toy, method: str, settings
         assert not hits(engine)
         assert not np.array_equal(dit.images(other), expected)
         assert hits(engine)
-        assert engine.deliberation.calibration.steps == other
+        assert engine.planner.calibration.steps == other
 
 
 def hits(engine: CacheEngine) -> bool:
@@ -158,7 +158,7 @@ def test_an_interrupted_generation_teaches_nothing(
         ending(dit, STEPS, after)
         assert np.array_equal(dit.images(STEPS, seed=4), plain_images(4))
         dit.images(STEPS)
-        assert torch.equal(engine.deliberation.calibration.gram, expected.gram)
+        assert torch.equal(engine.planner.calibration.gram, expected.gram)
         assert engine.summary()["hit_rate"] > 0
 
 

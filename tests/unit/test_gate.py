@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -17,13 +18,13 @@ from toys import ALL_FAMILIES, ALWAYS, FAMILIES, Toy, attached, blocks_of, build
 from xfuser.config import CacheConfig
 from xfuser.model_executor.adapters import declaration_of
 from xfuser.model_executor.cache import CacheEngine
-from xfuser.model_executor.cache.adacorrection.gate import LONGEST_LAG, GateReviewer, GateState, LayerGate
+from xfuser.model_executor.cache.adacorrection.base import Observation, StepContext
 from xfuser.model_executor.cache.adacorrection.offset import OffsetRow
+from xfuser.model_executor.cache.adacorrection.published.gate import LONGEST_LAG, GateCorrector, GateState, LayerGate
 from xfuser.model_executor.cache.approximation import Extrapolation
 from xfuser.model_executor.cache.linear import LinearMaps
 from xfuser.model_executor.cache.memory import Reference
-from xfuser.model_executor.cache.plan import StepPlan
-from xfuser.model_executor.cache.review import Observation, Review, StepContext
+from xfuser.model_executor.cache.plan import Plan, cut
 from xfuser.model_executor.cache.steps import Call
 from xfuser.model_executor.cache.tokens import TokenChoice
 from xfuser.model_executor.pipelines.loading import shipped_tiny_dit
@@ -31,15 +32,16 @@ from xfuser.model_executor.pipelines.loading import shipped_tiny_dit
 GATE: dict[str, Any] = {"enable_adacorrection": True, "adacorr_mode": "gate"}
 
 
-def reviewer_of(order: int = 0, **settings: Any) -> GateReviewer:
+def corrector_of(order: int = 0, **settings: Any) -> GateCorrector:
     settings = {"adacorr_tolerance": 0.1, "adacorr_lambda": 0.0} | settings
-    return GateReviewer(CacheConfig(**GATE, **settings), Extrapolation(order))
+    return GateCorrector(CacheConfig(**GATE, **settings), Extrapolation(order))
 
 
 def context_at(step: int, *nodes: tuple[int, ...], proposal: float = 0.0) -> StepContext:
     measured = tuple(each[0] if each else None for each in nodes)
+    blocks = len(nodes)
     return StepContext(
-        Call(step, ("0",), False, None), (proposal,) * len(nodes), nodes, len(nodes), 0, measured=measured
+        Call(step, ("0",), False, None), (proposal,) * blocks, cut(blocks, 0, True), nodes, 0, measured=measured
     )
 
 
@@ -58,29 +60,29 @@ def seen(block: int, error: float, drift: float, lag: int, order: int = 0) -> Ob
 )
 def test_the_predicted_error(gamma: float, lag: int, predicted: float) -> None:
     """γ · sensitivity · rate · lag² = γ · 2 · 0.01 · lag², and w = predicted / 0.1 reaches 1 at the tolerance."""
-    reviewer = reviewer_of(adacorr_gamma=gamma)
-    state = reviewer.new_state(1)
+    corrector = corrector_of(adacorr_gamma=gamma)
+    state = corrector.new_state(1)
     state.layers[0] = LayerGate(rate=0.01, sensitivity=2.0)
-    review = reviewer.review(state, context_at(10 + lag, (10,)))
-    assert review.predicted == pytest.approx((predicted,))
-    assert review.plan.evaluate == (predicted >= 0.1,)
+    plan = corrector.plan(state, context_at(10 + lag, (10,)))
+    assert plan.predicted == pytest.approx((predicted,))
+    assert plan.evaluate == (predicted >= 0.1,)
 
 
 def test_a_proposal_halves_what_is_tolerated() -> None:
-    reviewer = reviewer_of()
+    corrector = corrector_of()
     for proposal, evaluates in ((0.0, False), (0.5, True), (1.0, True)):
-        state = GateState(reviewer.new_state(1).estimate, {0: LayerGate(0.01, 2.0)})
+        state = GateState(corrector.new_state(1).estimate, {0: LayerGate(0.01, 2.0)})
         # 0.08 against 0.1, 0.075 and 0.05.
-        assert reviewer.review(state, context_at(12, (10,), proposal=proposal)).plan.evaluate == (evaluates,)
+        assert corrector.plan(state, context_at(12, (10,), proposal=proposal)).evaluate == (evaluates,)
 
 
 def test_what_a_layer_learns() -> None:
     """S = D². First D = 0.2 over 2 steps with an error of 0.06, then D = 0.1 over 1 step with 0.01; means of both."""
-    reviewer = reviewer_of()
-    state = reviewer.new_state(1)
-    reviewer.learn(state, [seen(0, error=0.06, drift=0.2, lag=2)])
+    corrector = corrector_of()
+    state = corrector.new_state(1)
+    corrector.learn(state, [seen(0, error=0.06, drift=0.2, lag=2)])
     assert (state.layers[0].rate, state.layers[0].sensitivity) == pytest.approx((0.01, 1.5))
-    reviewer.learn(state, [seen(0, error=0.01, drift=0.1, lag=1)])
+    corrector.learn(state, [seen(0, error=0.01, drift=0.1, lag=1)])
     assert (state.layers[0].rate, state.layers[0].sensitivity) == pytest.approx((0.01, (1.5 + 1.0) / 2))
 
 
@@ -88,36 +90,36 @@ def test_what_a_layer_learns() -> None:
 @pytest.mark.parametrize("adacorr_lambda", [0.0, 1.0])
 def test_one_observation_is_taken_at_its_word(score: str, adacorr_lambda: float) -> None:
     """Whatever the score is: at the lag at which an error was seen, it is what is predicted."""
-    reviewer = reviewer_of(adacorr_score=score, adacorr_lambda=adacorr_lambda)
-    state = reviewer.new_state(1)
-    reviewer.learn(state, [seen(0, error=0.03, drift=0.2, lag=3)])
-    assert reviewer.review(state, context_at(9, (6,))).predicted == pytest.approx((0.03,))
-    assert reviewer.review(state, context_at(7, (6,))).predicted == pytest.approx((0.03 / 9,))
+    corrector = corrector_of(adacorr_score=score, adacorr_lambda=adacorr_lambda)
+    state = corrector.new_state(1)
+    corrector.learn(state, [seen(0, error=0.03, drift=0.2, lag=3)])
+    assert corrector.plan(state, context_at(9, (6,))).predicted == pytest.approx((0.03,))
+    assert corrector.plan(state, context_at(7, (6,))).predicted == pytest.approx((0.03 / 9,))
 
 
 def test_a_layer_that_has_shown_nothing_is_evaluated() -> None:
-    reviewer = reviewer_of(adacorr_tolerance=1e6)
-    state = reviewer.new_state(2)
-    reviewer.learn(state, [seen(0, error=0.03, drift=0.2, lag=1)])
-    review = reviewer.review(state, context_at(2, (1,), (1,)))
-    assert review.plan.evaluate == (False, True)
-    assert math.isnan(review.predicted[1])
+    corrector = corrector_of(adacorr_tolerance=1e6)
+    state = corrector.new_state(2)
+    corrector.learn(state, [seen(0, error=0.03, drift=0.2, lag=1)])
+    plan = corrector.plan(state, context_at(2, (1,), (1,)))
+    assert plan.evaluate == (False, True)
+    assert math.isnan(plan.predicted[1])
     # Nor does one whose history is too short for the extrapolation, or that has waited too long.
-    assert reviewer.review(state, context_at(2 + LONGEST_LAG, (1,), (1,))).plan.evaluate[0]
-    taylor = reviewer_of(1, adacorr_tolerance=1e6)
-    assert taylor.review(GateState(state.estimate, state.layers), context_at(2, (1,))).plan.evaluate == (True,)
-    assert taylor.review(GateState(state.estimate, state.layers), context_at(2, (1, 0))).plan.evaluate == (False,)
+    assert corrector.plan(state, context_at(2 + LONGEST_LAG, (1,), (1,))).evaluate[0]
+    taylor = corrector_of(1, adacorr_tolerance=1e6)
+    assert taylor.plan(GateState(state.estimate, state.layers), context_at(2, (1,))).evaluate == (True,)
+    assert taylor.plan(GateState(state.estimate, state.layers), context_at(2, (1, 0))).evaluate == (False,)
 
 
 def test_unusual_drift_is_taken_into_account() -> None:
     """Twice the usual score: twice the error. What is usual moves on by a fifth."""
-    reviewer = reviewer_of()
-    state = reviewer.new_state(1)
+    corrector = corrector_of()
+    state = corrector.new_state(1)
     state.layers[0] = LayerGate(0.01, 2.0)
 
     def predicted(offset: float) -> float:
-        context = StepContext(Call(11, ("0",), False, None), (0.0,), ((10,),), 1, 0, offset, 1, (10,))
-        return reviewer.review(state, context).predicted[0]
+        context = replace(context_at(11, (10,)), offset=offset, offset_lag=1)
+        return corrector.plan(state, context).predicted[0]
 
     assert predicted(0.04) == pytest.approx(0.02)
     assert predicted(0.08) == pytest.approx(0.04)
@@ -131,13 +133,13 @@ def test_one_steps_drift_moves_a_prediction_by_no_more_than_a_half_to_twice(offs
     prediction to nothing, the second real step of a generation was skipped: more so with a larger γ, which had
     evaluated the first one, so that a larger γ drew worse.
     """
-    reviewer = reviewer_of()
-    state = reviewer.new_state(1)
+    corrector = corrector_of()
+    state = corrector.new_state(1)
     state.layers[0] = LayerGate(0.01, 2.0)
     predicted = []
     for step, each in ((11, 0.04), (12, offset)):
-        context = StepContext(Call(step, ("0",), False, None), (0.0,), ((step - 1,),), 1, 0, each, 1, (step - 1,))
-        predicted.append(reviewer.review(state, context).predicted[0])
+        context = replace(context_at(step, (step - 1,)), offset=each, offset_lag=1)
+        predicted.append(corrector.plan(state, context).predicted[0])
     assert predicted == pytest.approx([0.02, 0.02 * factor])
 
 
@@ -146,20 +148,20 @@ def test_one_steps_drift_moves_a_prediction_by_no_more_than_a_half_to_twice(offs
 )
 def test_by_layers_the_current_score_decides(score: float, evaluates: bool) -> None:
     """Sensitivity 2, tolerance 0.1: w reaches 1 at S = 0.05."""
-    reviewer = reviewer_of()
-    state = reviewer.new_state(1)
+    corrector = corrector_of()
+    state = corrector.new_state(1)
     state.layers[0] = LayerGate(123.0, 2.0)
-    assert reviewer.review_layer(state, score, 0, (3,), 0.0) is evaluates
-    assert reviewer.review_layer(state, 0.03, 0, (3,), 1.0) is True
-    assert reviewer.review_layer(state, 0.03, 1, (3,), 0.0) is True
+    assert corrector.evaluates(state, 0, score, (3,), 0.0) is evaluates
+    assert corrector.evaluates(state, 0, 0.03, (3,), 1.0) is True
+    assert corrector.evaluates(state, 1, 0.03, (3,), 0.0) is True
 
 
 def test_a_tolerance_of_0_evaluates_whatever_was_seen() -> None:
-    reviewer = reviewer_of(adacorr_tolerance=0)
-    state = reviewer.new_state(1)
-    reviewer.learn(state, [seen(0, error=0.0, drift=0.0, lag=1)])
-    assert reviewer.review(state, context_at(2, (1,))).plan.evaluate == (True,)
-    assert reviewer.review_layer(state, 0.0, 0, (1,), 0.0) is True
+    corrector = corrector_of(adacorr_tolerance=0)
+    state = corrector.new_state(1)
+    corrector.learn(state, [seen(0, error=0.0, drift=0.0, lag=1)])
+    assert corrector.plan(state, context_at(2, (1,))).evaluate == (True,)
+    assert corrector.evaluates(state, 0, 0.0, (1,), 0.0) is True
 
 
 # -- on models -----------------------------------------------------------------------------------------------------
@@ -271,15 +273,15 @@ def test_tokens_of_a_block_can_be_evaluated(toy: Toy) -> None:
 
 @contextmanager
 def dictated(engine: CacheEngine, plan: Callable[[int], tuple[bool, ...]]) -> Iterator[None]:
-    """The reviewer's plan by the step."""
-    original = engine.deliberation.reviewer.review
+    """Dictate the corrector's plan, by the step."""
+    original = engine.planner.corrector.plan
 
-    def review(state: Any, context: StepContext) -> Review:
+    def planned(state: Any, context: StepContext) -> Plan:
         made = original(state, context)
-        return Review(StepPlan(plan(context.call.step), made.plan.weights), made.predicted)
+        return Plan.of(context.spans, plan(context.call.step), made.segments[0].correction, made.predicted)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine.deliberation.reviewer, "review", review)
+        patch.setattr(engine.planner.corrector, "plan", planned)
         yield
 
 
@@ -288,11 +290,11 @@ def test_tokens_of_one_block_are_not_those_of_the_next(dit: Toy) -> None:
     with attached(dit.pipeline, "pipeline", None, **GATE, granularity="token") as engine:
         asked: list[int] = []
 
-        def asking(active: Any, unit: int, streams: tuple[torch.Tensor, ...]) -> TokenChoice | None:
-            asked.append(unit)
-            return TokenChoice(torch.arange(4).expand(len(streams[0]), -1), 16) if unit == 0 else None
+        def asking(state: Any, block: int, share: float, inputs: Any, seen: Any) -> TokenChoice | None:
+            asked.append(block)
+            return TokenChoice(torch.arange(4).expand(len(inputs[0]), -1), 16) if block == 0 else None
 
-        engine.deliberation.asking_tokens = asking  # type: ignore[method-assign]
+        engine.planner.corrector.choose_tokens = asking  # type: ignore[method-assign]
         with dictated(engine, lambda step: (step < 4, True, step < 4, True)):
             dit.images(6)
         (plan,) = engine.summary()["plan"].values()
@@ -312,17 +314,17 @@ def test_a_token_that_creeps_is_evaluated_in_time(another_asks: bool) -> None:
     settings = GATE | {"granularity": "token", "adacorr_tolerance": 0.05, "approximation": "residual"}
     asked: list[bool] = []
     with attached(pipeline, "transformer", None, **settings) as engine:
-        original = engine.deliberation.asking_tokens
+        original = engine.planner.corrector.choose_tokens
 
-        def asking(active: Any, unit: int, streams: tuple[torch.Tensor, ...]) -> TokenChoice | None:
-            choice = original(active, unit, streams)
-            if unit == 0:
+        def asking(state: Any, block: int, share: float, inputs: Any, seen: Any) -> TokenChoice | None:
+            choice = original(state, block, share, inputs, seen)
+            if block == 0:
                 asked.append(choice is not None and 5 in choice.places[0].tolist())
             return TokenChoice(torch.tensor([[0]]), 16) if choice is None and another_asks else choice
 
-        engine.deliberation.asking_tokens = asking  # type: ignore[method-assign]
+        engine.planner.corrector.choose_tokens = asking  # type: ignore[method-assign]
         # A drift of a tenth asks; the token moves by less than half of that in a step.
-        engine.deliberation.reviewer.token_sensitivity = lambda state, unit, proposal: 1 / 0.1**2  # type: ignore[method-assign]
+        engine.planner.corrector.token_sensitivity = lambda state, unit, proposal: 1 / 0.1**2  # type: ignore[method-assign]
         with dictated(engine, lambda step: (step < 4,) * 4), torch.no_grad():
             for step in range(16):
                 sample = base + 0.12 * step * direction * creeping

@@ -13,11 +13,12 @@ from toys import ALWAYS, Toy, attached
 
 from xfuser.config import CacheConfig
 from xfuser.config.cache import MODES
-from xfuser.model_executor.cache.adacorrection.bound import BoundReviewer
+from xfuser.model_executor.cache.adacorrection.base import Observation, StepContext
 from xfuser.model_executor.cache.adacorrection.offset import OffsetRow
+from xfuser.model_executor.cache.adacorrection.published.bound import BoundCorrector
 from xfuser.model_executor.cache.approximation import Extrapolation
+from xfuser.model_executor.cache.plan import cut
 from xfuser.model_executor.cache.policies import POLICIES
-from xfuser.model_executor.cache.review import Observation, StepContext
 from xfuser.model_executor.cache.steps import Call
 from xfuser.model_executor.pipelines import MODEL_TYPES
 
@@ -82,12 +83,14 @@ def test_one_steps_drift_moves_bounds_prediction_by_no_more_than_a_half_to_twice
     config = CacheConfig(enable_adacorrection=True, adacorr_mode="bound")
     predicted = []
     for score in (0.04, offset):
-        reviewer = BoundReviewer(config, Extrapolation(0))
-        state = reviewer.new_state(1)
+        corrector = BoundCorrector(config, Extrapolation(0))
+        state = corrector.new_state(1)
         row = OffsetRow(1.0, 0.8, 4.0, 1.0, 25.0, 0.01, 0.0, 0.0)
         state.estimate.observe([Observation(0, row, 1.0, 0)])
         for step, each in ((11, 0.04), (12, score)):
-            context = StepContext(Call(step, ("0",), False, None), (0.0,), ((step - 1,),), 1, 0, each, 1, (step - 1,))
-            review = reviewer.review(state, context)
-        predicted.append(review.predicted[0])
+            context = StepContext(
+                Call(step, ("0",), False, None), (0.0,), cut(1, 0, True), ((step - 1,),), 0, each, 1, (step - 1,)
+            )
+            plan = corrector.plan(state, context)
+        predicted.append(plan.predicted[0])
     assert math.isfinite(predicted[0]) and predicted[1] == pytest.approx(factor * predicted[0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,36 +13,31 @@ from xfuser.config import CacheConfig
 from xfuser.core.attention import KeyValueMemory
 from xfuser.core.distributed.statistics import SumExchange
 from xfuser.model_executor.adapters import Streams
-from xfuser.model_executor.cache.adacorrection import build_reviewer
-from xfuser.model_executor.cache.adacorrection.gate import GateReviewer
-from xfuser.model_executor.cache.adacorrection.offset import (
-    DRIFT,
-    ROW,
-    OffsetRow,
-    OffsetScore,
-    drift_sums,
-)
+from xfuser.model_executor.cache.adacorrection.base import Observation, StepContext
+from xfuser.model_executor.cache.adacorrection.modes import build_corrector
+from xfuser.model_executor.cache.adacorrection.offset import DRIFT, ROW, OffsetRow, OffsetScore, drift_sums
 from xfuser.model_executor.cache.approximation import ORDERS, Extrapolation
 from xfuser.model_executor.cache.calibration import Calibration, FittedWeights
 from xfuser.model_executor.cache.linear import LinearMap, LinearMaps
-from xfuser.model_executor.cache.measurement import Sampler
+from xfuser.model_executor.cache.measurement import TokenProbe
 from xfuser.model_executor.cache.memory import BranchMemory
-from xfuser.model_executor.cache.plan import StepPlan
+from xfuser.model_executor.cache.plan import Plan, Segment, Span
 from xfuser.model_executor.cache.policies import Policy
-from xfuser.model_executor.cache.review import Observation, Review, StepContext
-from xfuser.model_executor.cache.standins import StandIn, stand_ins
-from xfuser.model_executor.cache.state import Active, Branch, Pending
+from xfuser.model_executor.cache.standins import with_coefficients, with_own_coefficients
+from xfuser.model_executor.cache.state import Branch, CallState, Pending
 from xfuser.model_executor.cache.statistics import Statistics, StepRecord
 from xfuser.model_executor.cache.steps import Call
 from xfuser.model_executor.cache.tokens import TokenChoice
 from xfuser.model_executor.pipefusion import Placement
 
 
-class Deliberation:
-    """Measures what is evaluated, tells it to the deciding group once a step, and plans from the sums alone.
+class StepPlanner:
+    """Measures what is evaluated, adds the sums up over the deciding group once a step, and plans from these alone.
 
-    Row ``run`` (one past the last block) of the statistics belongs to the run of all blocks behind the probed ones,
-    whose error is not the sum of its blocks': errors of neighbouring blocks cancel.
+    Attributes:
+        spans: What is remembered and decided in this generation.
+        stack: All blocks behind the probed ones. It is measured by itself (row ``stack_row``, one past the last
+            block), since its error is not the sum of its blocks': errors of neighbouring blocks cancel.
     """
 
     def __init__(
@@ -52,7 +49,8 @@ class Deliberation:
         calibration: Calibration | None,
         placement: Placement,
     ) -> None:
-        self.run = statistics.blocks
+        self.stack_row, self.stack = statistics.blocks, Span(policy.probe_blocks, statistics.blocks - 1)
+        self.spans: tuple[Span, ...] = ()
         self.placement = placement
         self.config, self.policy, self.exchange, self.statistics = config, policy, exchange, statistics
         self._score = OffsetScore(config.score, config.adacorr_lambda)
@@ -65,15 +63,15 @@ class Deliberation:
             self.approximation: Extrapolation = FittedWeights(calibration, self.policy.probe_blocks)
         else:
             self.approximation = Extrapolation(ORDERS[self.config.stand_in])
-        self.reviewer = build_reviewer(self.config, self.approximation)
+        self.corrector = build_corrector(self.config, self.approximation)
 
-    def new_branch(self, units: int) -> Branch:
-        """Empty memory and fresh states for one branch of a generation."""
+    def new_branch(self) -> Branch:
+        """Make empty memory and fresh states for one branch of a generation."""
         return Branch(
-            BranchMemory(units, self.approximation.order + 1),
+            BranchMemory(len(self.spans), self.approximation.order + 1),
             self.policy.new_state(),
-            self.reviewer.new_state(units),
-            Sampler(self.approximation),
+            self.corrector.new_state(len(self.spans)),
+            TokenProbe(self.approximation),
             KeyValueMemory(),
             self._new_maps(),
         )
@@ -86,117 +84,153 @@ class Deliberation:
         known = {key: LinearMap(matrix=matrix) for key, matrix in self.calibration.maps.items()}
         return LinearMaps(calibrated=True, maps=known)
 
-    def measure(self, active: Active, row: int, inputs: Streams, outputs: Streams) -> None:
+    def measure(self, active: CallState, row: int, inputs: Streams, outputs: Streams) -> None:
         """Keep a sample of what was just evaluated, for its drift and the error of what would have stood in."""
-        active.branch.sampler.collect(row, inputs[0], outputs[0])
+        active.branch.probe.collect(row, inputs[0], outputs[0])
 
-    def note(self, active: Active, row: int) -> None:
+    def note(self, active: CallState, row: int) -> None:
         """Another stage has evaluated a row, and measures it."""
-        active.branch.sampler.note(row, active.first_inputs[0])
+        active.branch.probe.note(row, active.first_inputs[0])
 
-    def close(self, active: Active) -> None:
-        """Sum up what the step measured; it is told with the next step's exchange.
+    def close(self, active: CallState) -> None:
+        """Sum up what the step measured; the sums go with the next step's exchange.
 
         Where steps are whole or not, a probed block alone tells nothing that is used.
         """
-        if self.reviewer.whole_steps and active.stand_ins:
-            active.branch.sampler.abandon()
-        measured = active.branch.sampler.close(active.call.step)
+        assert active.plan is not None
+        if self.corrector.whole_steps and not all(active.plan.evaluate):
+            active.branch.probe.abandon()
+        measured = active.branch.probe.close(active.call.step)
         active.branch.pending = Pending(active.record, measured) if measured is not None else None
 
-    def signal(self, active: Active, block: nn.Module, probed: Streams | None) -> torch.Tensor:
+    def signal(self, active: CallState, block: nn.Module, probed: Streams | None) -> torch.Tensor:
         """The base method's sums of this step; ``probed`` are the first block's outputs, where it probes it."""
         state = active.branch.policy_state
         if not (self.placement.stage.is_first or self.policy.observes_blocks):
             return torch.zeros(self.policy.signals, device=active.first_inputs[0].device)
         return self.policy.measure(state, block, active.first_arguments, active.first_inputs, probed)
 
-    @property
-    def layerwise(self) -> bool:
-        """Whether blocks are decided one by one, from the current step's sums."""
-        return self.config.sync == "layer"
-
-    def decide(
-        self, active: Active, signal: torch.Tensor, probed: Streams | None, forced: bool
-    ) -> tuple[StepPlan, Review]:
-        """The step's plan and what the reviewer said; ``forced`` evaluates everything, whatever they say."""
+    def plan(self, active: CallState, signal: torch.Tensor, probed: Streams | None, forced: bool) -> Plan:
+        """Decide a step, and write down what was decided; ``forced`` evaluates everything, whatever anybody says."""
         branch, call = active.branch, active.call
-        units, probe_units = len(branch.memory.references), self.policy.probe_blocks
         inputs = (active.first_inputs if probed is None else probed)[0]
         reduced = iter(self.exchange.sum(torch.cat(self._told(branch, signal, inputs))))
         sums, drift, unusable, rows = (_take(reduced, n) for n in (len(signal), DRIFT, 1, None))
         self._learn(branch, rows)
         proposals = self.policy.propose_blocks(branch.policy_state, sums, call)
-        active.tokens = self.policy.choose_tokens(branch.policy_state, call) if self.reviewer.obeys else None
+        tokens = self.policy.choose_tokens(branch.policy_state, call) if self.corrector.obeys else None
         if unusable[0] != 0:
             self.statistics.non_finite += 1
             branch.forget()
             branch.maps = self._new_maps()
-        nodes = tuple(branch.memory.nodes(unit) for unit in range(units))
-        offset = self._score(*drift, inputs.shape[-1])
-        measured = tuple(branch.sampler.last_step(unit) for unit in range(units))
-        context = StepContext(call, proposals, nodes, self.run, probe_units, offset, self._lag(branch, call), measured)
-        review = self.reviewer.review(branch.review_state, context)
-        plan = review.plan.with_prefix(probe_units)
-        if forced or not all(nodes[probe_units:]):
-            plan, active.tokens = StepPlan.whole(units, True), None
-        active.layerwise = self.layerwise and not forced and all(nodes)
-        active.proposals, active.record.proposed = proposals, sum(proposals) / len(proposals)
-        told = (weight if not evaluate else -1.0 for evaluate, weight in zip(plan.evaluate, plan.weights, strict=True))
-        self.exchange.verify(call.step, tuple(told))
-        proposed = any(share > 0 for share in proposals[probe_units:])
-        evaluated = all(plan.evaluate[probe_units:])
-        self.policy.commit(branch.policy_state, proposed if self.reviewer.shadows_base else evaluated)
-        return plan, review
+        nodes = tuple(branch.memory.nodes(span.first) for span in self.spans)
+        context = StepContext(
+            call,
+            proposals,
+            self.spans,
+            nodes,
+            self.policy.probe_blocks,
+            self._score(*drift, inputs.shape[-1]),
+            self._lag(branch, call),
+            tuple(branch.probe.last_step(span.first) for span in self.spans),
+        )
+        plan = self.corrector.plan(branch.corrector_state, context).with_evaluated(context.probed)
+        if forced or not all(nodes[context.probed :]):
+            plan, tokens = Plan.of(self.spans, True, predicted=plan.predicted), None
+        by_block = self.config.sync == "layer" and not forced and all(nodes)
+        plan = replace(plan, asked=proposals, by_block=by_block)
+        self.exchange.verify(call.step, plan.digest)
+        evaluated = all(plan.evaluate[context.probed :])
+        proposed = any(share > 0 for share in proposals[context.probed :])
+        self.policy.commit(branch.policy_state, proposed if self.corrector.whole_steps else evaluated)
+        self._write_down(active.record, plan)
+        return self._completed(branch, call.step, plan, tokens)
 
-    def decide_layer(self, active: Active, unit: int, inputs: torch.Tensor) -> tuple[bool, float]:
-        """Whether to evaluate one block, from its current input's sums: an exchange of its own (``sync="layer"``); and
-        the correction weight of what would stand in.
-        """
-        branch = active.branch
-        own = self.policy.layer_sums(branch.policy_state, unit, inputs.device)
-        drift = torch.zeros(DRIFT, device=inputs.device)
-        reference = branch.sampler.last_inputs(unit)
-        if reference is not None:
-            drift = drift_sums(branch.sampler.sample(inputs), reference)
-        reduced = self.exchange.sum(torch.cat([own, drift]))
-        proposal = active.proposals[unit]
-        if self.policy.observes_blocks:
-            proposal = self.policy.propose_block(branch.policy_state, unit, reduced[: len(own)], active.call)
-            proposals = (*active.proposals[:unit], proposal, *active.proposals[unit + 1 :])
-            active.proposals, active.record.proposed = proposals, sum(proposals) / len(proposals)
-        weight = self.reviewer.error_weight(branch.review_state, unit)
-        if not isinstance(self.reviewer, GateReviewer):
-            return proposal > 0, weight
-        score = self._score(*reduced[len(own) :], inputs.shape[-1])
-        nodes = branch.memory.nodes(unit)
-        return self.reviewer.review_layer(branch.review_state, score, unit, nodes, proposal), weight
+    def _write_down(self, record: StepRecord, plan: Plan) -> None:
+        record.proposed = sum(plan.asked) / len(plan.asked)
+        record.predicted[:] = plan.predicted
+        for segment in plan.segments:
+            if not segment.evaluate:
+                for block in segment.span.blocks:
+                    record.weights[block] = segment.correction
 
-    def stand_ins(self, active: Active, plan: StepPlan) -> dict[int, StandIn]:
-        """What stands in for the units that the plan does not evaluate."""
-        merge = not self.policy.observes_blocks or self.reviewer.whole_steps
-        merge = merge and active.branch.maps is None and self.config.granularity == "layer"
-        probed, memory = self.policy.probe_blocks, active.branch.memory
+    def _completed(self, branch: Branch, step: int, plan: Plan, tokens: TokenChoice | None) -> Plan:
+        """Add what is predicted from, and which tokens are evaluated."""
+        if plan.by_block:  # what is decided block by block is completed there
+            return replace(plan, segments=tuple(replace(each, evaluate=True, tokens=tokens) for each in plan.segments))
+        merge = not self.policy.observes_blocks or self.corrector.whole_steps
+        merge = merge and branch.maps is None and not self.corrector.chooses_tokens
         cuts = self.placement.stage.starts()
-        return stand_ins(plan, active.call.step, memory, self.approximation, self.run, probed, merge, cuts)
+        plan = with_coefficients(plan, step, branch.memory, self.approximation, self.stack, merge, cuts)
+        if tokens is None:
+            return plan
+        correction = self.corrector.correction(branch.corrector_state)
+        return replace(
+            plan,
+            segments=tuple(
+                self._on_tokens(branch, step, replace(each, correction=correction), tokens)
+                if each.evaluate and each.span.first >= self.stack.first
+                else each
+                for each in plan.segments
+            ),
+        )
 
-    def stand_in_of(self, active: Active, unit: int) -> StandIn:
-        """What stands in for one unit, whatever the plan says."""
-        weight = self.reviewer.error_weight(active.branch.review_state, unit)
-        nodes = active.branch.memory.nodes(unit)
-        return StandIn(unit, unit, self.approximation.weights(unit, active.call.step, nodes, weight))
+    def _on_tokens(self, branch: Branch, step: int, segment: Segment, tokens: TokenChoice) -> Segment:
+        """Evaluate a segment on some tokens; the others are predicted."""
+        segment = replace(segment, tokens=tokens)
+        return with_own_coefficients(segment, step, branch.memory, self.approximation, self.stack)
 
-    def asking_tokens(self, active: Active, unit: int, streams: Streams) -> TokenChoice | None:
-        """Tokens of an approximated block whose own drift asks for evaluation: γ_l·D_i² ≥ 1."""
-        assert isinstance(self.reviewer, GateReviewer)
-        inputs, text = streams[0], sum(stream.shape[1] for stream in streams[1:])
-        sensitivity = self.reviewer.token_sensitivity(active.branch.review_state, unit, active.proposals[unit])
-        reference = active.branch.memory.references[unit][0].inputs[0]
-        drift = torch.linalg.vector_norm(inputs - reference, dim=-1, dtype=torch.float32)
-        norm = torch.linalg.vector_norm(reference, dim=-1, dtype=torch.float32).mean()
-        weights = sensitivity * (drift / norm).square()
-        choice = TokenChoice.wanted(weights >= 1, weights, text)
-        return choice if choice.share > 0 else None
+    def refine(self, active: CallState, segment: Segment, inputs: Streams) -> Segment:
+        """Decide a segment anew, now that its inputs are known, where the settings ask for it.
+
+        ``sync="layer"`` exchanges sums for every block; ``granularity="token"`` looks at each token's own drift.
+        """
+        assert active.plan is not None
+        branch, block, refined = active.branch, segment.span.first, segment
+        if active.plan.by_block:
+            refined = self._decide_block(active, segment, inputs[0])
+        if self.corrector.chooses_tokens and not refined.evaluate:
+            asked, seen = active.plan.asked[block], branch.memory.references[block][0].inputs
+            tokens = self.corrector.choose_tokens(branch.corrector_state, block, asked, inputs, seen)
+            refined = replace(refined, tokens=tokens)
+        if refined is not segment:
+            active.plan = active.plan.with_segment(refined)
+        return refined
+
+    def _decide_block(self, active: CallState, segment: Segment, inputs: torch.Tensor) -> Segment:
+        """Decide one block from its current input's sums: an exchange of its own (``sync="layer"``)."""
+        assert active.plan is not None
+        branch, block, asked = active.branch, segment.span.first, active.plan.asked
+        own = self.policy.layer_sums(branch.policy_state, block, inputs.device)
+        drift = torch.zeros(DRIFT, device=inputs.device)
+        reference = branch.probe.last_inputs(block)
+        if reference is not None:
+            drift = drift_sums(branch.probe.sample(inputs), reference)
+        reduced = self.exchange.sum(torch.cat([own, drift]))
+        if self.policy.observes_blocks:
+            proposal = self.policy.propose_block(branch.policy_state, block, reduced[: len(own)], active.call)
+            asked = (*asked[:block], proposal, *asked[block + 1 :])
+            active.plan = replace(active.plan, asked=asked)
+            active.record.proposed = sum(asked) / len(asked)
+        state, nodes = branch.corrector_state, branch.memory.nodes(block)
+        score = self._score(*reduced[len(own) :], inputs.shape[-1])
+        evaluate = self.corrector.evaluates(state, block, score, nodes, asked[block])
+        correction = self.corrector.correction(state)
+        active.record.weights[block] = math.nan if evaluate else correction
+        tokens = segment.tokens if evaluate else None
+        decided = replace(segment, evaluate=evaluate, correction=correction, tokens=tokens)
+        memory, step = branch.memory, active.call.step
+        return with_own_coefficients(decided, step, memory, self.approximation, self.stack)
+
+    def finish(self, active: CallState, span: Span, inputs: Streams, outputs: Streams) -> Streams:
+        """Let the corrector change what an evaluated span hands on."""
+        branch, block = active.branch, span.first
+        finished = self.corrector.finish(
+            branch.corrector_state, block, active.call.step, inputs, outputs, branch.memory, self.exchange.sum
+        )
+        if self.corrector.exchanges_per_block and not math.isnan(finished.weight):
+            active.record.weights[block], active.record.offsets[block] = finished.weight, finished.score
+        return finished.outputs
 
     def tell(self, branch: Branch) -> None:
         """For what the last step of a generation measured, where nobody else has to be asked."""
@@ -205,24 +239,24 @@ class Deliberation:
 
     def _told(self, branch: Branch, signal: torch.Tensor, inputs: torch.Tensor) -> list[torch.Tensor]:
         drift = torch.zeros(DRIFT, device=signal.device)
-        reference = branch.sampler.last_inputs(self.run)
+        reference = branch.probe.last_inputs(self.stack_row)
         # Every stage has the inputs; one of them counts them.
         if reference is not None and self.placement.stage.is_last:
-            drift = drift_sums(branch.sampler.sample(inputs), reference)
+            drift = drift_sums(branch.probe.sample(inputs), reference)
         unusable = branch.memory.count_unusable(signal.device, branch.others())
         return [signal, drift, unusable[None], self._rows(branch, signal.device)]
 
     def _rows(self, branch: Branch, device: torch.device) -> torch.Tensor:
         """The last step's rows of sums, one after the other, zeros for what was not evaluated."""
-        if not self.reviewer.measures:
+        if not self.corrector.measures:
             return torch.zeros(0, device=device)
-        told = torch.zeros(self.run + 1, ROW, device=device)
+        told = torch.zeros(self.stack_row + 1, ROW, device=device)
         if branch.pending is not None:
             told[branch.pending.measured.rows] = branch.pending.measured.sums.to(device)
         return told.flatten()
 
     def _lag(self, branch: Branch, call: Call) -> int:
-        last = branch.sampler.last_step(self.run)
+        last = branch.probe.last_step(self.stack_row)
         return 0 if last is None else call.step - last
 
     def _learn(self, branch: Branch, numbers: list[float]) -> None:
@@ -235,7 +269,7 @@ class Deliberation:
             if not row.finite:
                 continue
             if order >= 0:
-                reference = branch.sampler.last_inputs(block)
+                reference = branch.probe.last_inputs(block)
                 observations.append(
                     Observation(
                         block,
@@ -245,17 +279,17 @@ class Deliberation:
                         pending.measured.lags[place],
                         branch.spatial.get(block, row.spatial),
                         1 if reference is None else reference.shape[-1],
-                        block == self.run,
+                        block == self.stack_row,
                     )
                 )
-                if block != self.run:
+                if block != self.stack_row:
                     self._note(branch, pending.record, observations[-1])
             branch.spatial[block] = row.spatial
-        self.reviewer.learn(branch.review_state, observations)
+        self.corrector.learn(branch.corrector_state, observations)
 
     def _note(self, branch: Branch, record: StepRecord, seen: Observation) -> None:
         block, row = seen.block, seen.row
-        record.true[block] = row.error(self.reviewer.error_weight(branch.review_state, block))
+        record.true[block] = row.error(self.corrector.correction(branch.corrector_state))
         record.offsets[block] = self._score(
             row.tokens, row.drift, row.reference_norm, row.spatial, seen.reference_spatial, seen.channels
         )

@@ -25,8 +25,8 @@ from xfuser.model_executor.cache.attach import (
 from xfuser.model_executor.cache.calibrating import Calibrator
 from xfuser.model_executor.cache.calibration import Calibration, describe_model
 from xfuser.model_executor.cache.compiling import CompilableBlock, check_compiled
-from xfuser.model_executor.cache.deliberation import Deliberation
-from xfuser.model_executor.cache.execution import Execution
+from xfuser.model_executor.cache.deliberation import StepPlanner
+from xfuser.model_executor.cache.execution import BlockRunner
 from xfuser.model_executor.cache.flops import FlopCount, StepFlops, signature
 from xfuser.model_executor.cache.following import PipelineFollower
 from xfuser.model_executor.cache.foreign import (
@@ -35,10 +35,10 @@ from xfuser.model_executor.cache.foreign import (
     refusing_calls,
     uncompilable,
 )
+from xfuser.model_executor.cache.plan import cut
 from xfuser.model_executor.cache.policies import build_policy
-from xfuser.model_executor.cache.staged import StagedExecution
-from xfuser.model_executor.cache.standins import cut_units
-from xfuser.model_executor.cache.state import Active, BlockCall, Branch
+from xfuser.model_executor.cache.staged import StageRunner
+from xfuser.model_executor.cache.state import BlockCall, Branch, CallState
 from xfuser.model_executor.cache.statistics import Statistics, StepRecord
 from xfuser.model_executor.cache.steps import BranchKey, Call, StepTracker
 from xfuser.model_executor.pipefusion import Placement, Stage
@@ -94,26 +94,23 @@ class CacheEngine:
         self.policy = build_policy(config, declaration, len(self.blocks))
         self.statistics = Statistics(len(self.blocks))
         self.placement = self._given_placement or Placement(Stage.alone(len(self.blocks)))
-        self.deliberation = Deliberation(
-            config, self.policy, self.exchange, self.statistics, calibration, self.placement
-        )
+        self.planner = StepPlanner(config, self.policy, self.exchange, self.statistics, calibration, self.placement)
         self.calibrator = Calibrator(config, len(self.blocks), calibration, self._describe, self._weights)
-        kind = Execution if self.placement.stage.is_alone else StagedExecution
-        self.execution = kind(
+        kind = BlockRunner if self.placement.stage.is_alone else StageRunner
+        self.runner = kind(
             config,
             declaration,
             self.blocks,
             self.policy,
-            self.deliberation,
+            self.planner,
             self.calibrator,
-            self.exchange,
             self.placement,
             self._attention,
         )
-        self.execution.reset()
+        self.runner.reset()
         self.tracker = StepTracker(config.num_steps, declaration.timestep_direction)
         self._branches: dict[BranchKey, Branch] = {}
-        self._active: Active | None = None
+        self._active: CallState | None = None
         self._context: str | None = None
         self._num_steps: int | None = config.num_steps
         self._flops: dict[tuple[Any, ...], StepFlops] = {}
@@ -132,17 +129,17 @@ class CacheEngine:
             "adacorrection": config.mode,
             "approximation": None if config.use_cache is None else config.stand_in,  # nothing has to be stood in for
             "collectives": self.exchange.collectives,
-            "calibrated": self.deliberation.calibration is not None,
+            "calibrated": self.planner.calibration is not None,
             "memory_bytes": sum(branch.bytes() for branch in self._branches.values()),
             "rules_off": self._rules_off(),
-            **self.execution.summary(),
+            **self.runner.summary(),
             **self.statistics.summary(),
         }
 
     def _rules_off(self) -> list[str]:
         if self._num_steps is not None:
             return []
-        return [*self.policy.needs_num_steps, *self.deliberation.reviewer.needs_num_steps]
+        return [*self.policy.needs_num_steps, *self.planner.corrector.needs_num_steps]
 
     def record(self) -> None:
         """From the next generation on, evaluate everything and keep what a calibration is made from.
@@ -180,7 +177,7 @@ class CacheEngine:
         self._active = None
         self.tracker.reset()
         self.statistics.reset()
-        self.execution.reset()
+        self.runner.reset()
 
     def remove(self) -> None:
         """Take the engine off again: every attribute is what it was before. `summary` still tells what happened."""
@@ -269,11 +266,11 @@ class CacheEngine:
             self._replacements.append(Replacement(self.transformer, "cache_context", wrap))
         for index, block in enumerate(self.blocks):
             self._replacements.append(CompilableBlock(block, self._block_wrapper(index), self._wraps_attention))
-        self._replacements += self.execution.attach()
+        self._replacements += self.runner.attach()
 
     @property
     def _wraps_attention(self) -> bool:
-        return self.execution.tokens is not None
+        return self.runner.tokens is not None
 
     def _detach(self) -> None:
         self._flush()
@@ -306,8 +303,8 @@ class CacheEngine:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 if self._active is None:
                     return original(*args, **kwargs)
-                streams = self.execution.streams_of(index, args, kwargs)
-                return self.execution.run_block(self._active, BlockCall(index, original, args, kwargs, streams))
+                streams = self.runner.streams_of(index, args, kwargs)
+                return self.runner.run_block(self._active, BlockCall(index, original, args, kwargs, streams))
 
             return forward
 
@@ -348,7 +345,7 @@ class CacheEngine:
         self._close(active, self._flops[shapes])
         return output
 
-    def _counted(self, active: Active) -> StepFlops:
+    def _counted(self, active: CallState) -> StepFlops:
         """What this call costs on all ranks that share the image, told once for calls of these shapes."""
         outside = active.counted() - active.signal_flops - active.recorder_flops - sum(active.block_flops)
         *blocks, signal = self.exchange.share([*active.block_flops, active.signal_flops])
@@ -363,31 +360,31 @@ class CacheEngine:
         self._flush()
         self._branches.clear()
         if self.calibrator.before_generation(self._num_steps):
-            self.deliberation.use(self.calibrator.calibration)
+            self.planner.use(self.calibrator.calibration)
         self.statistics.start_generation()
         added = any(
             self._root_arguments.read(name, args, kwargs) is not None for name in self.declaration.between_blocks
         )
-        reviewer = self.deliberation.reviewer
-        by_block = reviewer.blends or self.policy.observes_blocks or reviewer.measures
+        corrector = self.planner.corrector
+        by_block = corrector.exchanges_per_block or self.policy.observes_blocks or corrector.measures
         by_block = by_block or self.config.stand_in == "linear"
-        one_by_one = added or (by_block and not reviewer.whole_steps)
-        self.execution.start_generation(cut_units(len(self.blocks), self.policy.probe_blocks, one_by_one))
+        one_by_one = added or (by_block and not corrector.whole_steps)
+        self.planner.spans = cut(len(self.blocks), self.policy.probe_blocks, one_by_one)
 
-    def _open(self, call: Call) -> Active:
+    def _open(self, call: Call) -> CallState:
         if call.branch not in self._branches:
-            self._branches[call.branch] = self.deliberation.new_branch(len(self.execution.units))
+            self._branches[call.branch] = self.planner.new_branch()
         record = StepRecord.empty(call.step, len(self.blocks))
-        self._active = Active(call, self._branches[call.branch], record, block_flops=[0.0] * len(self.blocks))
+        self._active = CallState(call, self._branches[call.branch], record, block_flops=[0.0] * len(self.blocks))
         return self._active
 
-    def _close(self, active: Active, flops: StepFlops) -> None:
+    def _close(self, active: CallState, flops: StepFlops) -> None:
         self.statistics.add(active.call.branch, active.record, flops)
-        self.deliberation.close(active)
+        self.planner.close(active)
 
     def _flush(self) -> None:
         """Take in what the last step measured, where no later step will: one process only, since ranks must agree."""
         if self.exchange.group is not None:
             return
         for branch in self._branches.values():
-            self.deliberation.tell(branch)
+            self.planner.tell(branch)

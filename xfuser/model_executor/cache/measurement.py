@@ -60,7 +60,7 @@ class Measured:
 
 
 @dataclass
-class Sampler:
+class TokenProbe:
     """One branch's samples: those of the step that runs, and the remembered ones of the steps before.
 
     A row is a block, or the run of all blocks behind the probed ones. ``extent`` says which part of the activations

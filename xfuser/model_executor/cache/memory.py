@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from xfuser.model_executor.adapters import Streams
+from xfuser.model_executor.cache.plan import Span
 from xfuser.model_executor.cache.tokens import TokenChoice
 
 
@@ -89,22 +90,21 @@ class BranchMemory:
 
     def stand_in(
         self,
-        first: int,
-        last: int,
+        span: Span,
         inputs: Streams,
-        weights: tuple[float, ...],
+        coefficients: tuple[float, ...],
         take: Callable[[Streams], Streams] | None = None,
     ) -> Streams:
-        """inputs + Σ_j weights_j × residual_j of the linked run of units first … last.
+        """Return inputs + Σ_j coefficients_j × residual_j of a span, or of several that are linked.
 
         ``take`` picks from remembered streams the part that ``inputs`` are of.
         """
-        length = last - first + 1
+        first, last = span.first, min(span.last, len(self.references) - 1)
         outputs = inputs
-        for weight, start, end in zip(weights, self.references[first], self.references[last], strict=False):
+        for weight, start, end in zip(coefficients, self.references[first], self.references[last], strict=False):
             if weight == 0:
                 continue
-            residual = start.residual_to(end, length)
+            residual = start.residual_to(end, last + 1 - first)
             if take is not None:
                 residual = take(residual)
             outputs = tuple(torch.add(x, r, alpha=weight) for x, r in zip(outputs, residual, strict=True))

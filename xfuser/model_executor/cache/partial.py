@@ -13,7 +13,7 @@ from xfuser.core.attention import AttentionContext
 from xfuser.core.shards import View
 from xfuser.model_executor.adapters import BoundArguments, ModelDeclaration, Streams
 from xfuser.model_executor.cache.attach import Replacement
-from xfuser.model_executor.cache.state import Active
+from xfuser.model_executor.cache.state import CallState
 from xfuser.model_executor.cache.tokens import TokenChoice
 
 
@@ -67,18 +67,18 @@ class TokenRunner:
             for number, (name, module) in enumerate(self._modules)
         ]
 
-    def ready(self, active: Active, unit: int) -> bool:
+    def ready(self, active: CallState, unit: int) -> bool:
         """Whether a block (units are blocks here) was evaluated on all tokens before."""
         return active.branch.memory.usable(unit) and active.branch.keys.holds(self._numbers[unit])
 
     def evaluate_all(
-        self, active: Active, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, active: CallState, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         with self.attention.block(active.branch.keys if self._remembers else None):
             return original(*args, **kwargs)
 
     def evaluate_view(
-        self, active: Active, original: Callable[..., Any], named: dict[str, Any], view: View, batch: int
+        self, active: CallState, original: Callable[..., Any], named: dict[str, Any], view: View, batch: int
     ) -> Any:
         """A block on a view of a batch of that size; the other patches' keys and values are the remembered ones."""
         with self.attention.block(active.branch.keys if self._remembers else None, view=view, batch=batch):
@@ -86,7 +86,7 @@ class TokenRunner:
 
     def evaluate_some(
         self,
-        active: Active,
+        active: CallState,
         tokens: TokenChoice,
         streams: Streams,
         arguments: BoundArguments,

@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import torch
 
 from xfuser.core.shards import Streams, View, join, narrow_batch, views
-from xfuser.model_executor.cache.execution import Execution
-from xfuser.model_executor.cache.standins import StandIn, stand_in_outputs
-from xfuser.model_executor.cache.state import Active, BlockCall
+from xfuser.model_executor.cache.execution import BlockRunner
+from xfuser.model_executor.cache.plan import Plan, Segment, Span
+from xfuser.model_executor.cache.standins import predict
+from xfuser.model_executor.cache.state import BlockCall, CallState
 
 
-@dataclass(frozen=True)
-class Segment:
-    """Blocks of this stage that are evaluated, or that one approximation stands in for."""
-
-    blocks: range
-    stand_in: StandIn | None = None
-
-
-class StagedExecution(Execution):
+class StageRunner(BlockRunner):
     """The blocks of this process's stage, when the model calls the last block.
 
     The model calls its blocks one after the other on all tokens; a stage has to take patch after patch through all of
@@ -55,19 +48,19 @@ class StagedExecution(Execution):
             }
         }
 
-    def run_block(self, active: Active, call: BlockCall) -> Any:
+    def run_block(self, active: CallState, call: BlockCall) -> Any:
         if call.index == 0:
             self._open(active, call)
-            active.run_inputs = call.streams
+            active.stack_inputs = call.streams
             probed = self._probe(active, call) if self.policy.probe_blocks else None
-            self.decide(active, probed)
-            active.run_inputs = probed or call.streams
+            self._plan(active, probed)
+            active.stack_inputs = probed or call.streams
         active.calls.append(call)
         if call.index < len(self.blocks) - 1:
             return self.declaration.pack(call.streams)
         return self.declaration.pack(self._run_stage(active, call))
 
-    def _probe(self, active: Active, call: BlockCall) -> Streams:
+    def _probe(self, active: CallState, call: BlockCall) -> Streams:
         """Block 0 on all tokens, on the first stage; its outputs on all of them."""
         stage = self.placement.stage
         if stage.is_first:
@@ -76,25 +69,25 @@ class StagedExecution(Execution):
         else:
             outputs = tuple(torch.empty_like(stream) for stream in call.streams)
         outputs = tuple(stage.broadcast(stream, 0) for stream in outputs)
-        self._keep(active, 0, (0, 0), call.streams, outputs)
+        self._keep_probed(active, call.streams, outputs)
         return outputs
 
-    def _run_stage(self, active: Active, call: BlockCall) -> Streams:
-        stage, inputs = self.placement.stage, active.run_inputs
-        for unit, (first, last) in enumerate(self.units):
-            if not self._is_evaluated(active, unit):
-                active.record.evaluated[first : last + 1] = [0.0] * (last + 1 - first)
-        run = self._spanning_run()
-        if run is not None and run in active.stand_ins:
+    def _run_stage(self, active: CallState, call: BlockCall) -> Streams:
+        assert active.plan is not None
+        stage, inputs, stack = self.placement.stage, active.stack_inputs, self.planner.spans[-1]
+        for segment in active.plan.segments:
+            if not segment.evaluate:
+                active.record.evaluated[segment.span.first : segment.span.last + 1] = [0.0] * len(segment.span)
+        if self._remembers_stack and not active.plan.at(stack.first).evaluate:
             if not stage.is_last:
                 return call.streams
-            return stand_in_outputs(active.stand_ins[run], inputs, active.branch.memory, active.branch.maps)
+            return predict(active.plan.at(stack.first), inputs, active.branch.memory, active.branch.maps)
         seen = self._views(active)
         boundaries: defaultdict[int, list[Streams]] = defaultdict(list)
         for view in seen:
             streams = view.take(inputs) if stage.is_first else stage.receive(view, inputs)
             with stage.clock("compute"):
-                for segment in self._segments(active, run):
+                for segment in self._segments(active.plan):
                     streams = self._run_segment(active, segment, streams, view, boundaries)
             boundaries[stage.blocks.stop].append(streams)
             if not stage.is_last:
@@ -105,25 +98,22 @@ class StagedExecution(Execution):
         def whole(block: int) -> Streams:
             return join(boundaries[block], seen)
 
-        self._keep_all(active, run, whole)
+        self._keep_all(active, whole)
         return whole(stage.blocks.stop) if stage.is_last else call.streams
 
-    def _spanning_run(self) -> int | None:
-        """The unit that is all blocks behind the probed ones, where they are remembered as a whole."""
-        return len(self.units) - 1 if len(self.units) < len(self.blocks) else None
+    @property
+    def _remembers_stack(self) -> bool:
+        """Whether all blocks behind the probed ones are remembered as a whole."""
+        return len(self.planner.spans) < len(self.blocks)
 
-    def _is_evaluated(self, active: Active, unit: int) -> bool:
-        return not any(first <= unit <= each.last for first, each in active.stand_ins.items())
-
-    def _views(self, active: Active) -> list[View]:
+    def _views(self, active: CallState) -> list[View]:
         """The step's patches of tokens, or its groups of images where keys and values are too old or must be fresh."""
-        evaluated = [
-            unit for unit in range(self.policy.probe_blocks, len(self.units)) if self._is_evaluated(active, unit)
-        ]
-        nodes = [active.branch.memory.nodes(unit) for unit in evaluated]
+        assert active.plan is not None
+        evaluated = [each.span for each in active.plan.segments if each.evaluate]
+        nodes = [active.branch.memory.nodes(span.first) for span in evaluated if span.first >= self.policy.probe_blocks]
         lags = [active.call.step - each[0] if each else None for each in nodes]
         lag = None if not lags or None in lags else max(each for each in lags if each is not None)
-        batch, patches = active.run_inputs[0].shape[0], self.placement.patches
+        batch, patches = active.stack_inputs[0].shape[0], self.placement.patches
         if self.placement.displaces(active.call.step, lag):
             self.displaced += 1
             self.steps_by_lag[lag or 0] += 1
@@ -131,30 +121,31 @@ class StagedExecution(Execution):
         self.synchronous += 1
         return views(batch, min(batch, patches), 1)
 
-    def _segments(self, active: Active, run: int | None) -> Iterator[Segment]:
-        """This stage's share of the plan, in order."""
-        block, stop = max(self.placement.stage.blocks.start, self.policy.probe_blocks), self.placement.stage.blocks.stop
-        while block < stop:
-            each = None if run is not None else active.stand_ins.get(block)
-            end = block + 1 if each is None else each.last + 1
-            yield Segment(range(block, end), each)
-            block = end
+    def _segments(self, plan: Plan) -> Iterator[Segment]:
+        """This stage's share of the plan behind the probed blocks, in order; what is evaluated is so block by block."""
+        blocks = self.placement.stage.blocks
+        block = max(blocks.start, self.policy.probe_blocks)
+        while block < blocks.stop:
+            segment = plan.at(block)
+            if segment.evaluate:
+                segment = replace(segment, span=Span(block, block))
+            yield segment
+            block = segment.span.last + 1
 
     def _run_segment(
         self,
-        active: Active,
+        active: CallState,
         segment: Segment,
         streams: Streams,
         view: View,
         boundaries: defaultdict[int, list[Streams]],
     ) -> Streams:
-        boundaries[segment.blocks.start].append(streams)
-        if segment.stand_in is not None:
-            memory, maps = active.branch.memory, active.branch.maps
-            return stand_in_outputs(segment.stand_in, streams, memory, maps, view.take)
-        return self._evaluate_view(active, active.calls[segment.blocks.start], streams, view)
+        boundaries[segment.span.first].append(streams)
+        if not segment.evaluate:
+            return predict(segment, streams, active.branch.memory, active.branch.maps, view.take)
+        return self._evaluate_view(active, active.calls[segment.span.first], streams, view)
 
-    def _evaluate_view(self, active: Active, call: BlockCall, streams: Streams, view: View) -> Streams:
+    def _evaluate_view(self, active: CallState, call: BlockCall, streams: Streams, view: View) -> Streams:
         """One block on a view of the tokens."""
         before = active.counted()
         named = self._arguments[call.index].named(call.args, call.kwargs)
@@ -175,44 +166,45 @@ class StagedExecution(Execution):
 
     # -- keeping what was evaluated -----------------------------------------------------------------------------------
 
-    def _keep_all(self, active: Active, run: int | None, whole: Any) -> None:
-        stage, first = self.placement.stage, self.policy.probe_blocks
-        for unit in range(first, len(self.units)):
-            start, end = self.units[unit]
-            if unit == run:
-                mine = (active.run_inputs, whole(stage.blocks.stop)) if stage.is_last else ((), ())
-                for block in range(start, end + 1):
+    def _keep_all(self, active: CallState, whole: Callable[[int], Streams]) -> None:
+        assert active.plan is not None
+        stage = self.placement.stage
+        for span in self.planner.spans[self.policy.probe_blocks :]:
+            first = span.first
+            if self._remembers_stack:
+                mine = (active.stack_inputs, whole(stage.blocks.stop)) if stage.is_last else ((), ())
+                for block in span.blocks:
                     self._show(active, block, whole)
-                self._remember(active, unit, *mine)
-            elif self._is_evaluated(active, unit):
-                self._show(active, start, whole)
-                mine = (whole(start), whole(start + 1)) if stage.holds(start) else ((), ())
-                self._remember(active, unit, *mine)
-            elif self.policy.observes_blocks and stage.holds(start):
-                self.policy.observe(active.branch.policy_state, start, whole(start)[0], active.call.step)
-        if self.deliberation.reviewer.measures and not active.stand_ins:
-            row = self.deliberation.run
+                self._remember(active, first, *mine)
+            elif active.plan.at(first).evaluate:
+                self._show(active, first, whole)
+                mine = (whole(first), whole(first + 1)) if stage.holds(first) else ((), ())
+                self._remember(active, first, *mine)
+            elif self.policy.observes_blocks and stage.holds(first):
+                self.policy.observe(active.branch.policy_state, first, whole(first)[0], active.call.step)
+        if self.planner.corrector.measures and all(active.plan.evaluate):
+            row = self.planner.stack_row
             if stage.is_last:
-                self.deliberation.measure(active, row, active.run_inputs, whole(stage.blocks.stop))
+                self.planner.measure(active, row, active.stack_inputs, whole(stage.blocks.stop))
             else:
-                self.deliberation.note(active, row)
+                self.planner.note(active, row)
 
-    def _show(self, active: Active, block: int, whole: Any) -> None:
+    def _show(self, active: CallState, block: int, whole: Callable[[int], Streams]) -> None:
         """Let those who watch see an evaluated block; only the stage that holds it has anything to show."""
         if self.placement.stage.holds(block):
             if self.policy.observes_blocks:
                 self.policy.observe(active.branch.policy_state, block, whole(block)[0], active.call.step)
-            if self.deliberation.reviewer.measures:
-                self.deliberation.measure(active, block, whole(block), whole(block + 1))
-        elif self.deliberation.reviewer.measures:
-            self.deliberation.note(active, block)
+            if self.planner.corrector.measures:
+                self.planner.measure(active, block, whole(block), whole(block + 1))
+        elif self.planner.corrector.measures:
+            self.planner.note(active, block)
 
-    def _keep(self, active: Active, unit: int, blocks: tuple[int, int], inputs: Streams, outputs: Streams) -> None:
-        """The probed unit, which the first stage has evaluated."""
-        if self.deliberation.reviewer.measures:
+    def _keep_probed(self, active: CallState, inputs: Streams, outputs: Streams) -> None:
+        """Keep block 0, which the first stage has evaluated."""
+        if self.planner.corrector.measures:
             if self.placement.stage.is_first:
-                self.deliberation.measure(active, blocks[0], inputs, outputs)
+                self.planner.measure(active, 0, inputs, outputs)
             else:
-                self.deliberation.note(active, blocks[0])
+                self.planner.note(active, 0)
         mine = (inputs, outputs) if self.placement.stage.is_first else ((), ())
-        self._remember(active, unit, *mine)
+        self._remember(active, 0, *mine)

@@ -1,80 +1,78 @@
-"""What stands in for the units of a step that are not evaluated."""
+"""What is predicted in place of the blocks that a step does not evaluate."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 
 from xfuser.model_executor.adapters import Streams
 from xfuser.model_executor.cache.approximation import Extrapolation
 from xfuser.model_executor.cache.linear import LinearMaps
 from xfuser.model_executor.cache.memory import BranchMemory
-from xfuser.model_executor.cache.plan import StepPlan
+from xfuser.model_executor.cache.plan import Plan, Segment, Span
 
 
-@dataclass(frozen=True)
-class StandIn:
-    """Weights on the remembered residuals of the linked units ``first`` … ``last``."""
-
-    first: int
-    last: int
-    weights: tuple[float, ...]
-
-
-def stand_ins(
-    plan: StepPlan,
+def with_coefficients(
+    plan: Plan,
     step: int,
     memory: BranchMemory,
     approximation: Extrapolation,
-    run: int,
-    probed: int,
+    stack: Span,
     merge: bool,
     cuts: frozenset[int] = frozenset(),
-) -> dict[int, StandIn]:
-    """Every unit that is not evaluated, by the first of those that one stand-in covers.
+) -> Plan:
+    """Give every segment that is predicted its coefficients, neighbours together where they are predicted alike.
 
-    Neighbours that share nodes and correction weight become one run where ``merge`` allows it: always with weights that
-    all blocks share, else where the run is all units behind the probed ones, which has weights of its own (row
-    ``run``). No run goes on at a unit in ``cuts``, which other ranks hold.
+    Neighbours that were evaluated at the same steps and share their correction become one segment where ``merge``
+    allows it: always with coefficients that all blocks share, else where they are the whole ``stack`` behind the probed
+    blocks, which has coefficients of its own. No segment goes on at a block in ``cuts``, which other ranks hold.
     """
-    found: dict[int, StandIn] = {}
-    units = len(plan.evaluate)
-    unit = 0
-    while unit < units:
-        last = unit
-        if not plan.evaluate[unit]:
-            while merge and last + 1 < units and last + 1 not in cuts and _joins(plan, memory, unit, last):
+    found: list[Segment] = []
+    units = plan.segments
+    at = 0
+    while at < len(units):
+        last = at
+        if not units[at].evaluate:
+            while merge and last + 1 < len(units) and _joins(plan, memory, at, last, cuts):
                 last += 1
-            is_run = unit == probed and last == units - 1
-            if last > unit and not is_run and not approximation.shared:
-                last = unit
-            row = run if is_run else unit
-            weights = approximation.weights(row, step, memory.nodes(unit), plan.weights[unit])
-            found[unit] = StandIn(unit, last, weights)
-        unit = last + 1
-    return found
+            span = Span(units[at].span.first, units[last].span.last)
+            if last > at and span != stack and not approximation.shared:
+                last, span = at, units[at].span
+            found.append(with_own_coefficients(replace(units[at], span=span), step, memory, approximation, stack))
+        else:
+            found.append(units[at])
+        at = last + 1
+    return replace(plan, segments=tuple(found))
 
 
-def _joins(plan: StepPlan, memory: BranchMemory, unit: int, last: int) -> bool:
-    return not plan.evaluate[last + 1] and plan.weights[last + 1] == plan.weights[unit] and memory.linked(last)
+def with_own_coefficients(
+    segment: Segment, step: int, memory: BranchMemory, approximation: Extrapolation, stack: Span
+) -> Segment:
+    """Give one segment its coefficients, whether or not it is evaluated."""
+    nodes, row = memory.nodes(segment.span.first), row_of(segment.span, stack)
+    return replace(segment, coefficients=approximation.weights(row, step, nodes, segment.correction))
 
 
-def stand_in_outputs(
-    each: StandIn,
+def row_of(span: Span, stack: Span) -> int:
+    """Number a span among everything that is measured: a block by itself, the stack one past the last block."""
+    return stack.last + 1 if span == stack else span.first
+
+
+def predict(
+    segment: Segment,
     inputs: Streams,
     memory: BranchMemory,
     maps: LinearMaps | None,
     take: Callable[[Streams], Streams] | None = None,
 ) -> Streams:
-    """The outputs that the stand-in gives for these inputs; ``take`` picks their part of whole streams."""
+    """Predict a segment's outputs for these inputs; ``take`` picks their part of whole streams."""
+    first = segment.span.first
     if maps is not None:
-        return maps.stand_in(each.first, inputs, memory.references[each.first][0], take)
-    return memory.stand_in(each.first, each.last, inputs, each.weights, take)
+        return maps.stand_in(first, inputs, memory.references[first][0], take)
+    return memory.stand_in(segment.span, inputs, segment.coefficients, take)
 
 
-def cut_units(blocks: int, probed: int, one_by_one: bool) -> list[tuple[int, int]]:
-    """First and last block of every unit: each block, or the probed ones and the whole rest."""
-    if one_by_one:
-        return [(index, index) for index in range(blocks)]
-    units = [(index, index) for index in range(min(probed, blocks))]
-    return units + ([(probed, blocks - 1)] if probed < blocks else [])
+def _joins(plan: Plan, memory: BranchMemory, at: int, last: int, cuts: frozenset[int]) -> bool:
+    this, following = plan.segments[at], plan.segments[last + 1]
+    alike = not following.evaluate and following.correction == this.correction
+    return alike and following.span.first not in cuts and memory.linked(last)

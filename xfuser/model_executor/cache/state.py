@@ -12,12 +12,11 @@ from xfuser.core.attention import KeyValueMemory
 from xfuser.model_executor.adapters import Streams
 from xfuser.model_executor.cache.flops import FlopCount
 from xfuser.model_executor.cache.linear import LinearMaps
-from xfuser.model_executor.cache.measurement import Measured, Sampler
+from xfuser.model_executor.cache.measurement import Measured, TokenProbe
 from xfuser.model_executor.cache.memory import BranchMemory
-from xfuser.model_executor.cache.standins import StandIn
+from xfuser.model_executor.cache.plan import Plan
 from xfuser.model_executor.cache.statistics import StepRecord
 from xfuser.model_executor.cache.steps import Call
-from xfuser.model_executor.cache.tokens import TokenChoice
 
 
 @dataclass
@@ -34,8 +33,8 @@ class Branch:
 
     memory: BranchMemory
     policy_state: Any
-    review_state: Any
-    sampler: Sampler
+    corrector_state: Any
+    probe: TokenProbe
     keys: KeyValueMemory
     maps: LinearMaps | None
     pending: Pending | None = None
@@ -45,7 +44,7 @@ class Branch:
         """Drop every activation: one of them is not finite."""
         self.memory.clear()
         self.keys.clear()
-        self.sampler.discard()
+        self.probe.discard()
         self.spatial.clear()
 
     def others(self) -> Iterator[torch.Tensor]:
@@ -71,11 +70,13 @@ class BlockCall:
 
 
 @dataclass
-class Active:
+class CallState:
     """One call of the transformer, while it runs.
 
     Attributes:
-        skip_until: The last block that a stand-in has covered.
+        plan: What is decided of the step, once it is.
+        span_inputs: What the span that runs was given.
+        stack_inputs: What the blocks behind the probed ones were given.
         calls: The blocks' calls, where they run later than they are called (PipeFusion).
         counter: Counts this call's FLOPs, where they are not known yet.
     """
@@ -85,13 +86,9 @@ class Active:
     record: StepRecord
     first_arguments: Mapping[str, Any] = field(default_factory=dict)
     first_inputs: Streams = ()
-    unit_inputs: Streams = ()
-    run_inputs: Streams = ()
-    stand_ins: dict[int, StandIn] = field(default_factory=dict)
-    tokens: TokenChoice | None = None
-    proposals: tuple[float, ...] = ()
-    layerwise: bool = False
-    skip_until: int = -1
+    span_inputs: Streams = ()
+    stack_inputs: Streams = ()
+    plan: Plan | None = None
     calls: list[BlockCall] = field(default_factory=list)
     counter: FlopCount | None = None
     block_flops: list[float] = field(default_factory=list)

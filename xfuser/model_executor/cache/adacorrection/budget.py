@@ -10,12 +10,12 @@ from statistics import fmean
 from typing import ClassVar
 
 from xfuser.config import CacheConfig
+from xfuser.model_executor.cache.adacorrection.base import Corrector, Observation, StepContext
 from xfuser.model_executor.cache.adacorrection.drift import DriftMonitor, bounded
 from xfuser.model_executor.cache.adacorrection.estimate import ErrorEstimate
 from xfuser.model_executor.cache.adacorrection.schedule import refresh_rates
 from xfuser.model_executor.cache.approximation import Extrapolation
-from xfuser.model_executor.cache.plan import StepPlan
-from xfuser.model_executor.cache.review import Observation, Review, Reviewer, StepContext
+from xfuser.model_executor.cache.plan import Plan
 from xfuser.model_executor.cache.steps import Call
 
 ROUNDING = 1e-9
@@ -36,7 +36,7 @@ class BudgetState:
     phase: float = 0.0
 
 
-class BudgetReviewer(Reviewer):
+class BudgetCorrector(Corrector):
     """Spends a share of all block evaluations, and only so much, on whole steps.
 
     The share is `adacorr_budget`, or, where none is named, what the base method would spend alone: its proposals so far
@@ -49,23 +49,22 @@ class BudgetReviewer(Reviewer):
     obeys: ClassVar[bool] = False
     measures: ClassVar[bool] = True
     whole_steps: ClassVar[bool] = True
-    shadows_base: ClassVar[bool] = True
     needs_num_steps: ClassVar[tuple[str, ...]] = ("the budget is spent more densely at first", "the last step is whole")
 
     def __init__(self, config: CacheConfig, approximation: Extrapolation) -> None:
         self.config, self.approximation = config, approximation
         self.order = approximation.order
 
-    def new_state(self, units: int) -> BudgetState:
+    def new_state(self, spans: int) -> BudgetState:
         return BudgetState(ErrorEstimate(self.order))
 
     def learn(self, state: BudgetState, observations: list[Observation]) -> None:
         state.estimate.observe(observations)
 
-    def error_weight(self, state: BudgetState, block: int) -> float:
+    def correction(self, state: BudgetState) -> float:
         return state.estimate.weight
 
-    def review(self, state: BudgetState, context: StepContext) -> Review:
+    def plan(self, state: BudgetState, context: StepContext) -> Plan:
         asked = context.proposed_share
         if asked > 0:
             state.proposals += asked
@@ -73,7 +72,7 @@ class BudgetReviewer(Reviewer):
         evaluate = self._is_due(state, context)
         state.spent += context.blocks if evaluate else context.probed
         predicted = tuple(self._predict(state, context, block) for block in range(context.blocks))
-        return Review(StepPlan.whole(context.units, evaluate, state.estimate.weight), predicted)
+        return Plan.of(context.spans, evaluate, state.estimate.weight, predicted)
 
     def _is_due(self, state: BudgetState, context: StepContext) -> bool:
         call, whole = context.call, context.blocks - context.probed

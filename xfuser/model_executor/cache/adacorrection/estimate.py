@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from statistics import fmean, median
 
+from xfuser.model_executor.cache.adacorrection.base import Observation
 from xfuser.model_executor.cache.adacorrection.offset import OffsetRow
-from xfuser.model_executor.cache.review import Observation
 
 # A new observation counts at least this much against everything seen before: the curvature of a trajectory changes.
 NEWEST_SHARE = 0.5
@@ -60,7 +60,7 @@ class ErrorEstimate:
             if key[1] in surprises:
                 self._levels[key] += SHARED_SURPRISE * fmean(surprises[key[1]])
         full = [each for each in observations if each.order == self.order > 0 and each.row.output_square > 0]
-        self._learn_weight([each.row for each in full if each.is_run] or [each.row for each in full])
+        self._learn_weight([each.row for each in full if each.is_stack] or [each.row for each in full])
 
     def _learn_weight(self, rows: list[OffsetRow]) -> None:
         cross = sum(row.cross / row.output_square for row in rows)

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from xfuser.config import CacheConfig
+from xfuser.model_executor.cache.adacorrection.base import Corrector, Observation, StepContext
 from xfuser.model_executor.cache.adacorrection.drift import DriftMonitor, bounded
 from xfuser.model_executor.cache.adacorrection.estimate import ErrorEstimate
 from xfuser.model_executor.cache.approximation import Extrapolation
-from xfuser.model_executor.cache.plan import StepPlan
-from xfuser.model_executor.cache.review import Observation, Review, Reviewer, StepContext
+from xfuser.model_executor.cache.plan import Plan
 
 COVERAGE = 0.95  # share of evaluations whose true error must lie within the predicted one
 MARGIN_START = 0.5  # of the logarithm: 1.6 times the expected error
@@ -29,7 +29,7 @@ class BoundState:
     predicted: tuple[float, ...] = ()
 
 
-class BoundReviewer(Reviewer):
+class BoundCorrector(Corrector):
     """Keeps every block's stand-in within the tolerance, 95% of the time.
 
     A block is evaluated when γ·ê·exp(margin), scaled by how unusual this step's drift is (by a half to twice), reaches
@@ -45,7 +45,7 @@ class BoundReviewer(Reviewer):
         self.config, self.approximation = config, approximation
         self.order = approximation.order
 
-    def new_state(self, units: int) -> BoundState:
+    def new_state(self, spans: int) -> BoundState:
         return BoundState(ErrorEstimate(self.order))
 
     def learn(self, state: BoundState, observations: list[Observation]) -> None:
@@ -57,22 +57,22 @@ class BoundReviewer(Reviewer):
                 state.margin += MARGIN_STEP * (exceeded - (1 - COVERAGE))
         state.estimate.observe(observations)
 
-    def error_weight(self, state: BoundState, block: int) -> float:
+    def correction(self, state: BoundState) -> float:
         return state.estimate.weight
 
-    def review(self, state: BoundState, context: StepContext) -> Review:
+    def plan(self, state: BoundState, context: StepContext) -> Plan:
         unusual = bounded(state.drift.ratio(context.offset, context.offset_lag))
-        predicted = tuple(unusual * self._predict(state, context, unit) for unit in range(context.units))
+        predicted = tuple(unusual * self._predict(state, context, block) for block in range(context.blocks))
         state.predicted = predicted
-        evaluate = tuple(
-            not error < self.config.tolerance * (1 - 0.5 * context.proposals[unit])
-            for unit, error in enumerate(predicted)
+        evaluate = (
+            not error < self.config.tolerance * (1 - 0.5 * context.proposals[block])
+            for block, error in enumerate(predicted)
         )
-        return Review(StepPlan(evaluate, (state.estimate.weight,) * context.units), predicted)
+        return Plan.of(context.spans, evaluate, state.estimate.weight, predicted)
 
-    def _predict(self, state: BoundState, context: StepContext, unit: int) -> float:
-        nodes = context.nodes[unit]
+    def _predict(self, state: BoundState, context: StepContext, block: int) -> float:
+        nodes = context.nodes[block]
         if len(nodes) <= self.order or context.call.step - nodes[0] > LONGEST_LAG:
             return math.nan
-        lag, order = self.approximation.expectation(unit, context.call.step, nodes)
-        return self.config.adacorr_gamma * state.estimate.predict(unit, order, lag) * math.exp(state.margin)
+        lag, order = self.approximation.expectation(block, context.call.step, nodes)
+        return self.config.adacorr_gamma * state.estimate.predict(block, order, lag) * math.exp(state.margin)
