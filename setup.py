@@ -29,7 +29,7 @@ setup(
     ],
     python_requires=">=3.10",
     packages=find_packages(include=["xfuser", "xfuser.*"]),
-    package_data={"xfuser": ["assets/**"]},
+    package_data={"xfuser": ["assets/**"], "xfuser.ray.batch": ["*.j2"]},
     include_package_data=False,
     install_requires=[
         "torch>=2.4",
@@ -53,8 +53,9 @@ setup(
         # flash-attn compiles against the installed torch: install xfuser first,
         # then `pip install --no-build-isolation "xfuser[gpu]"`.
         "gpu": ["flash-attn>=2.6"],
-        "ray": ["ray>=2.30"],
-        "test": ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.9", "import-linter>=2.0", "peft>=0.15", "ray>=2.30"],
+        "ray": ["ray[default,data]>=2.44"],
+        "test": ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.9", "import-linter>=2.0", "peft>=0.15"]
+        + ["ray[default,data]>=2.44", "simpy>=4.1"],
     },
     entry_points={"console_scripts": ["xdit = xfuser.cli:main"]},
     zip_safe=False,

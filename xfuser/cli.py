@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from xfuser.config.arguments import (
     add_sampling_arguments,
     cache_method,
     cache_settings,
+    from_to,
     not_negative,
     positive,
 )
@@ -26,9 +28,9 @@ from xfuser.core.console import quiet_libraries
 from xfuser.core.files import IMAGE_FORMATS
 from xfuser.model_executor.pipelines.model_types import MODEL_TYPES
 
-__all__ = ["build_parser", "cache_method", "cache_settings", "main", "run_calibrate", "run_generate"]
+__all__ = ["build_parser", "cache_method", "cache_settings", "main", "run_batch", "run_calibrate", "run_generate"]
 
-COMMANDS = ("generate", "calibrate")
+COMMANDS = ("generate", "batch", "calibrate")
 START = """start with:
   xdit generate --class_label bag shirt --target_speedup 3
       the model that comes with the package: the first batch in full, the others 3 times faster
@@ -36,6 +38,15 @@ START = """start with:
       any DiT, FLUX, PixArt or Stable Diffusion 3; `xdit --model ...` is the same
   xdit generate --class_label bag shirt --use_cache Tea --enable_adacorrection --adacorr_budget 0.5
       a base method, layer by layer, and AdaCorrection to review it
+"""
+START_BATCH = """start with:
+  xdit batch --prompts prompts.jsonl --output_dir job --groups 2 --target_speedup 3
+      where a line is {"id": "a1", "class_label": "bag", "seed": 7}, or has "prompt", and any argument of the pipeline;
+      run the same command again where it was stopped
+
+exit codes: 0 all images are there; 1 stopped, the same command goes on; 2 refused, nothing was begun; 3 all are there
+but those in rejected.jsonl, with file, line and reason; 130 and 143 stopped by Ctrl-C or SIGTERM, the same command
+goes on
 """
 START_CALIBRATE = """start with:
   xdit calibrate --level trajectory --num_images 16 --output mine.safetensors
@@ -57,7 +68,7 @@ def build_parser() -> OneLineParser:
     """Make the parser of all commands."""
     parser = OneLineParser(
         prog="xdit",
-        usage="xdit [generate] ... | xdit calibrate ... | xdit --version",
+        usage="xdit [generate] ... | xdit batch ... | xdit calibrate ... | xdit --version",
         description="Diffusion transformers with quality-controlled caching.",
         epilog=START + "\nxdit generate --help lists all settings.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -65,6 +76,7 @@ def build_parser() -> OneLineParser:
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="command", prog="xdit")
     _add_generate(commands)
+    _add_batch(commands)
     _add_calibrate(commands)
     return parser
 
@@ -99,14 +111,83 @@ def _add_generate(commands: argparse._SubParsersAction[OneLineParser]) -> None:
     left.add_argument(
         "--resume", action="store_true", help="go on where a run with the same settings was stopped, or begin one"
     )
-    generate.add_argument("--use_cache", choices=[str(name) for name in METHODS], help="base method (default: None)")
-    generate.add_argument("--rel_l1_thresh", type=float, help=threshold_help())
-    add_goal_arguments(generate)
-    add_base_arguments(generate)
-    add_correction_arguments(generate)
-    add_parallel_arguments(generate)
-    add_run_arguments(generate)
+    _add_engine_arguments(generate)
     generate.set_defaults(run=run_generate)
+
+
+def _add_engine_arguments(parser: OneLineParser) -> None:
+    """Every setting of a cache, of the degrees, and of how it runs."""
+    parser.add_argument("--use_cache", choices=[str(name) for name in METHODS], help="base method (default: None)")
+    parser.add_argument("--rel_l1_thresh", type=float, help=threshold_help())
+    add_goal_arguments(parser)
+    add_base_arguments(parser)
+    add_correction_arguments(parser)
+    add_parallel_arguments(parser)
+    add_run_arguments(parser)
+
+
+def _add_batch(commands: argparse._SubParsersAction[OneLineParser]) -> None:
+    batch = commands.add_parser(
+        "batch",
+        help="generate from a file of prompts, on worker groups that Ray starts",
+        usage="xdit batch --prompts FILE --output_dir FOLDER [settings]",
+        description="Generate images from files of prompts, on worker groups that Ray starts. What is there is not\n"
+        "made again. The sampling settings are those of lines that do not say; the degrees are a group's.",
+        epilog=START_BATCH,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_batch_arguments(batch)
+    add_model_arguments(batch, list(MODEL_TYPES))
+    add_sampling_arguments(batch, counted=False)
+    batch.add_argument(
+        "--max_sequence_length", type=positive, help="text tokens of a prompt (default: the pipeline's own)"
+    )
+    _add_engine_arguments(batch)
+    batch.set_defaults(run=run_batch)
+
+
+def add_batch_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is made, where it goes, and who makes it."""
+    group = parser.add_argument_group("job")
+    group.add_argument(
+        "--prompts",
+        type=Path,
+        required=True,
+        help="a .jsonl, .csv or .parquet file, or a folder of them: id, prompt or class_label, seed, height, width, "
+        "num_inference_steps, and other arguments of the pipeline",
+    )
+    group.add_argument("--output_dir", type=Path, required=True, help="the job's folder, seen by all machines")
+    group.add_argument("--image_format", choices=list(IMAGE_FORMATS), default="png", help="default: %(default)s")
+    left = group.add_mutually_exclusive_group()
+    left.add_argument("--resume", action="store_true", default=True, help="go on where a job was stopped (default)")
+    left.add_argument("--no_resume", dest="resume", action="store_false", help="refuse a folder that holds a job")
+    left.add_argument("--overwrite", action="store_true", help="remove the job that is there, and begin anew")
+    group.add_argument(
+        "--calibration_images",
+        type=positive,
+        default=4,
+        metavar="N",
+        help="for a goal: images that the job's calibration is learned from, before any is made (default: %(default)s)",
+    )
+    workers = parser.add_argument_group("worker groups")
+    workers.add_argument(
+        "--groups",
+        type=from_to,
+        default=(1, 1),
+        metavar="N|MIN,MAX",
+        help="how many; with two numbers they come and go with an autoscaling cluster (default: 1)",
+    )
+    workers.add_argument("--ray_address", help="of a Ray cluster, or auto (default: an embedded Ray on this machine)")
+    workers.add_argument(
+        "--max_attempts", type=positive, default=3, help="tries of a batch, then of each of its images (default: 3)"
+    )
+    workers.add_argument(
+        "--grace",
+        type=not_negative,
+        default=30,
+        metavar="SECONDS",
+        help="for what is in flight, after Ctrl-C or SIGTERM; a second one does not wait (default: 30)",
+    )
 
 
 def _add_calibrate(commands: argparse._SubParsersAction[OneLineParser]) -> None:
@@ -177,6 +258,18 @@ def run_generate(args: argparse.Namespace) -> None:
 
     args.save_raw = args.save_raw or args.output_type == "np"
     generate.run_generate(args)
+
+
+def run_batch(args: argparse.Namespace) -> None:
+    """Run ``xdit batch``."""
+    if importlib.util.find_spec("ray") is None:
+        raise ValueError('Ray is not installed; install it with: pip install "xfuser[ray]"')
+    from xfuser.ray.batch import session
+
+    session.prepare(args.ray_address)
+    from xfuser.ray.batch import command
+
+    command.run_batch(args)
 
 
 def run_calibrate(args: argparse.Namespace) -> None:

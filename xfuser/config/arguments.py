@@ -44,10 +44,11 @@ def add_model_arguments(parser: argparse.ArgumentParser, model_types: list[str])
     group.add_argument("--threads", type=positive, help="CPU threads (default: torch's own choice)")
 
 
-def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """What is generated, and in how many steps."""
+def add_sampling_arguments(parser: argparse.ArgumentParser, counted: bool = True) -> None:
+    """What is generated, and in how many steps; ``counted`` where the command line says how many images."""
     group = parser.add_argument_group("sampling")
-    group.add_argument("--num_images", type=positive, help="images to generate")
+    if counted:
+        group.add_argument("--num_images", type=positive, help="images to generate")
     group.add_argument("--batch_size", type=positive, default=16, help="images at once (default: %(default)s)")
     group.add_argument(
         "--num_inference_steps", type=positive, default=50, help="denoising steps (default: %(default)s)"
@@ -197,6 +198,15 @@ def not_negative(text: str) -> float:
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
     return value
+
+
+def from_to(text: str) -> tuple[int, int]:
+    """A whole number of at least 1, or two, the smaller one first: ``2`` is ``(2, 2)``, ``1,8`` is ``(1, 8)``."""
+    first, comma, last = text.partition(",")
+    numbers = positive(first), positive(last if comma else first)
+    if numbers[0] > numbers[1]:
+        raise argparse.ArgumentTypeError(f"{text!r}: the fewest come first, as in {numbers[1]},{numbers[0]}")
+    return numbers
 
 
 def positive(text: str) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 try:
     import ray
 except ModuleNotFoundError as error:
-    raise ImportError('RayDiffusionPipeline needs Ray; install it with: pip install "xfuser[ray]"') from error
+    raise ImportError('this needs Ray; install it with: pip install "xfuser[ray]"') from error
 
 GRACE_SECONDS = 10.0  # for the other processes to end a call that one of them has failed in
 

@@ -16,12 +16,18 @@ from xfuser.model_executor.pipelines.toy_parts import SIZE
 
 @dataclass(frozen=True)
 class Outline:
-    """Attention heads, blocks, rows of the latents and image tokens of one image."""
+    """Attention heads, blocks, rows of the latents and image tokens of one image, and what its sides are multiples of.
+
+    ``height`` and ``width`` are those that are drawn where none is named.
+    """
 
     heads: int
     blocks: int
     latent_rows: int
     tokens: int
+    multiple: int = 1
+    height: int = 0
+    width: int = 0
 
     def check(self, parallel: ParallelConfig) -> None:
         """Refuse degrees that do not fit the model (ValueError)."""
@@ -72,4 +78,7 @@ def outline(model_type: str, model: str | None = None, height: int | None = None
         sum(transformer.get(name) or 0 for name in declaration.layer_counts),
         rows,
         (rows // patch) * (columns // patch),
+        shrink * patch,
+        rows * shrink,
+        columns * shrink,
     )

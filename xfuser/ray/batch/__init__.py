@@ -1,0 +1,1 @@
+"""Batch generation: prompts from files, worker groups on Ray, images and a manifest that lose nothing."""

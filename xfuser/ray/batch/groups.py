@@ -1,0 +1,219 @@
+"""Worker groups from the driver's side: placement, start, loss and rebuilding, all of it Ray's own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from xfuser.ray.batch.group import Group
+from xfuser.ray.batch.work import Task
+from xfuser.ray.cluster import ray
+from xfuser.ray.rank import EngineSettings
+
+PAUSE = 0.5  # seconds until a group that is not there yet is asked again
+AHEAD = 2  # tasks that a group has: one that it generates, and one behind it
+
+
+@dataclass
+class Waited:
+    """What an answer will be to."""
+
+    group: WorkerGroup
+    what: str
+    task: Task | None = None
+
+
+@dataclass
+class WorkerGroup:
+    """One group: a placement group of Ray, and the actor in its first bundle.
+
+    Attributes:
+        number: From 0.
+        placement: Ray's placement group.
+        actor: Once there is room.
+        loaded: Whether it takes tasks.
+        tasks: What it has, the earliest first.
+        since: When it was first loaded.
+        busy: Seconds of generating.
+        batches: Done.
+        images: Written.
+        losses: How often it had to be built again, since its last success.
+        load_seconds: Of the last loading.
+        machine: Where it is.
+        process: The first rank's.
+        again: When to ask it again, where it was not there.
+        left: When it was let go.
+    """
+
+    number: int
+    placement: Any
+    actor: Any = None
+    loaded: bool = False
+    tasks: list[Task] = field(default_factory=list)
+    since: float | None = None
+    busy: float = 0.0
+    batches: int = 0
+    images: int = 0
+    losses: int = 0
+    rebuilt: int = 0
+    load_seconds: float = 0.0
+    machine: str = ""
+    process: int = 0
+    again: float | None = None
+    left: float | None = None
+
+    def document(self) -> dict[str, Any]:
+        """Sum the group up, in plain types."""
+        alive = 0.0 if self.since is None else (self.left or time.time()) - self.since
+        return {
+            "group": self.number,
+            "machine": self.machine,
+            "process": self.process,
+            "batches": self.batches,
+            "images": self.images,
+            "rebuilt": self.rebuilt,
+            "load_seconds": self.load_seconds,
+            "busy_seconds": self.busy,
+            "alive_seconds": alive,
+            "idle_share": max(0.0, 1 - self.busy / alive) if alive else None,
+        }
+
+
+class Groups:
+    """All groups of a job, and what the driver waits for from them.
+
+    Args:
+        settings: What each of them loads.
+        folder: The job's.
+        job: The job's own name.
+        image_format: Of the files.
+        most: How many groups are asked for. Those that Ray has no room for wait; an autoscaling cluster grows for them.
+        cpus: Of each rank, where the cluster has no accelerator.
+    """
+
+    def __init__(
+        self, settings: EngineSettings, folder: str, job: str, image_format: str, most: int, cpus: int
+    ) -> None:
+        self._settings = ray.put(settings)
+        self._arguments = (folder, job, image_format)
+        self._world = settings.parallel.world_size
+        # On an autoscaling cluster the accelerators may come only when they are asked for.
+        accelerators = settings.device == "cuda" or (settings.device == "auto" and _accelerators())
+        self._options: dict[str, float] = {"num_gpus": 1, "num_cpus": 1} if accelerators else {"num_cpus": cpus}
+        self._waited: dict[Any, Waited] = {}
+        bundle = {"GPU": 1.0, "CPU": 1.0} if accelerators else {"CPU": float(cpus)}
+        self.all = [self._ask_for_room(number, bundle) for number in range(most)]
+
+    def _ask_for_room(self, number: int, bundle: dict[str, float]) -> WorkerGroup:
+        placed = placement_group([bundle] * self._world, strategy="PACK", name=f"xfuser-batch-{number}")
+        group = WorkerGroup(number, placed)
+        self._waited[placed.ready()] = Waited(group, "room")
+        return group
+
+    @property
+    def alive(self) -> list[WorkerGroup]:
+        """Groups that take tasks."""
+        return [each for each in self.all if each.loaded]
+
+    @property
+    def at_work(self) -> bool:
+        """Whether any group has a task."""
+        return any(each.tasks for each in self.all)
+
+    def wait(self, seconds: float) -> list[tuple[Any, Waited]]:
+        """Wait until something is answered, at most for so long."""
+        for each in self.all:
+            if each.again is not None and time.monotonic() >= each.again:
+                each.again = None
+                self._load(each)
+        if not self._waited:
+            time.sleep(seconds)
+            return []
+        done, _ = ray.wait(list(self._waited), timeout=seconds)
+        return [(reference, self._waited.pop(reference)) for reference in done]
+
+    def start(self, group: WorkerGroup) -> None:
+        """Start the actor where there is room now."""
+        where = [
+            PlacementGroupSchedulingStrategy(group.placement, placement_group_bundle_index=index)
+            for index in range(self._world)
+        ]
+        remote = ray.remote(Group).options(
+            **self._options,
+            scheduling_strategy=where[0],
+            max_restarts=-1,  # on the same machine, or, where that is gone, where Ray finds room
+            max_concurrency=AHEAD + 1,
+        )
+        group.actor = remote.remote(group.number, *self._arguments, self._options, where[1:])
+        self._load(group)
+
+    def give(self, group: WorkerGroup, task: Task, call: Callable[[Any], Any]) -> None:
+        """Hand a task to a group; ``call`` makes it of the actor."""
+        group.tasks.append(task)
+        self._waited[call(group.actor)] = Waited(group, "learn" if task.learns else "make", task)
+
+    def lost(self, group: WorkerGroup) -> list[Task]:
+        """Note that a group is gone, and have Ray build it again; the tasks that it had, the earliest first."""
+        tasks, group.tasks = group.tasks, []
+        if group.loaded or tasks:
+            group.rebuilt += 1
+        group.loaded = False
+        group.losses += 1
+        self._waited = {key: each for key, each in self._waited.items() if each.group is not group}
+        self.retry(group)
+        return tasks
+
+    def retry(self, group: WorkerGroup) -> None:
+        """Ask a group again that was not there."""
+        group.again = time.monotonic() + PAUSE
+
+    def let_go(self, group: WorkerGroup) -> None:
+        """Give a group's place back, which lets an autoscaling cluster shrink."""
+        if group.left is None:
+            group.left = time.time()
+            group.loaded = False
+            group.again = None
+            self._waited = {key: each for key, each in self._waited.items() if each.group is not group}
+            if group.actor is not None:
+                ray.kill(group.actor)
+            remove_placement_group(group.placement)
+
+    def close(self) -> None:
+        """Let all groups go."""
+        for each in self.all:
+            self.let_go(each)
+
+    def _load(self, group: WorkerGroup) -> None:
+        self._waited[group.actor.load.remote(self._settings)] = Waited(group, "load")
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """What a call has raised where it ran; Ray's own error where the process is gone."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(error, ray.exceptions.RayTaskError) and isinstance(cause, BaseException) else error
+
+
+def is_gone(error: BaseException) -> bool:
+    """Whether an error says that the process or the machine is gone, and not what it has raised."""
+    return isinstance(error, ray.exceptions.RayError) and not isinstance(error, ray.exceptions.RayTaskError)
+
+
+def not_there_yet(error: BaseException) -> bool:
+    """Whether a process is being started, and only has to be asked again."""
+    return isinstance(error, ray.exceptions.ActorUnavailableError)
+
+
+def _accelerators() -> float:
+    return ray.cluster_resources().get("GPU", 0)
+
+
+def resources_of(groups: Sequence[WorkerGroup]) -> str:
+    """Tell what a group asks for and what the cluster has, in one line."""
+    have = {name: count for name, count in ray.cluster_resources().items() if name in ("CPU", "GPU")}
+    wanted = groups[0].placement.bundle_specs
+    return f"a group asks for {len(wanted)} x {wanted[0]}, and the cluster has {have}"

@@ -1,0 +1,347 @@
+"""The driver: keeps all groups busy until nothing is left, and loses nothing when one of them is."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from types import FrameType
+from typing import Any
+
+from xfuser.core.distributed.failing import one_line
+from xfuser.ray.batch.batches import Batch, Plan
+from xfuser.ray.batch.folder import JobFolder, write_rejected
+from xfuser.ray.batch.group import Made, NoRoom, NotShared, TooLarge
+from xfuser.ray.batch.groups import AHEAD, Groups, Waited, WorkerGroup, cause_of, is_gone, not_there_yet, resources_of
+from xfuser.ray.batch.manifest import finished_places
+from xfuser.ray.batch.metrics import JobMetrics
+from xfuser.ray.batch.prompts import Rejected
+from xfuser.ray.batch.work import Task, Work
+from xfuser.ray.cluster import ray
+from xfuser.ray.rank import EngineSettings
+
+TICK = 0.2  # seconds between two looks at signals and the clock
+SAMPLES = 5000  # batches whose seconds a summary lists
+
+
+class Stopped(Exception):
+    """The job cannot go on; what was made is there, and the same command goes on from it."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How a job runs, and what it bears.
+
+    Args:
+        fewest: Groups without which it does not go on for longer than ``timeout``.
+        most: Groups that it asks for.
+        max_attempts: Tries of a batch, and then of each of its images.
+        grace: Seconds that work in flight is given when the job is asked to stop.
+        timeout: Seconds that a group is waited for.
+        calibration_images: Of a kind's first batch, that its calibration is learned from.
+        cpus: Of a rank, where there is no accelerator.
+    """
+
+    fewest: int = 1
+    most: int = 1
+    max_attempts: int = 3
+    grace: float = 30.0
+    timeout: float = 600.0
+    calibration_images: int = 4
+    cpus: int = 1
+
+
+@dataclass
+class State:
+    """How a job stands, for those who look at it."""
+
+    total: int
+    done: int = 0
+    made: int = 0
+    retries: int = 0
+    rejected: int = 0
+    alive: int = 0
+    evaluated: float = 0.0
+    batch_seconds: list[float] = field(default_factory=list)
+    write_seconds: list[float] = field(default_factory=list)
+    manifest_bytes: int = 0
+    learn_seconds: float = 0.0
+
+    @property
+    def share(self) -> float | None:
+        """Of the denoiser's work, that this run's images took."""
+        return self.evaluated / self.made if self.made else None
+
+
+class Job:
+    """One run of a job: from what is missing to nothing, or to where it was stopped.
+
+    Args:
+        folder: The job's.
+        plan: All requests.
+        settings: What each group loads.
+        limits: How it runs.
+        rejected: Lines that nothing could be made of.
+        show: Called with the state, some times a second.
+        image_format: Of the files.
+    """
+
+    def __init__(
+        self,
+        folder: JobFolder,
+        plan: Plan,
+        settings: EngineSettings,
+        limits: Limits,
+        rejected: list[Rejected],
+        show: Callable[[State], None],
+        image_format: str,
+    ) -> None:
+        self._folder, self._plan, self._limits, self._show = folder, plan, limits, show
+        self.settings, self._format = settings, image_format
+        self.rejected = rejected
+        self._done = finished_places(folder.path, plan)
+        self._todo = [each for each in plan.batches() if not all(self._done[place] for place in each.members)]
+        self.state = State(len(plan), sum(self._done), rejected=len(rejected))
+        self._stop: str | None = None
+        self._fatal: Exception | None = None
+        self._too_large: dict[int, str] = {}
+        self.groups: list[dict[str, Any]] = []
+
+    @property
+    def left(self) -> int:
+        """Batches of which an image is missing."""
+        return len(self._todo)
+
+    def run(self) -> None:
+        """Do what is missing.
+
+        Raises:
+            Stopped: It was asked to stop, or cannot go on; what was made is there.
+            ValueError: A group refuses the model or the settings.
+        """
+        known = self._folder.calibrations(self._plan)
+        self._calibrations = {kind: ray.put(files) for kind, files in known.items()}
+        self._work = Work(self._todo, self._limits.max_attempts, self.settings.learns, known)
+        self._metrics = JobMetrics()
+        most = min(self._limits.most, len(self._todo))
+        self._groups = Groups(
+            self.settings, str(self._folder.path), self._folder.job, self._format, most, self._limits.cpus
+        )
+        self._short_since = time.monotonic()
+        try:
+            with _Signals(self._ask_to_stop):
+                self._loop()
+        finally:
+            self.groups = [each.document() for each in self._groups.all]
+            self._groups.close()
+            write_rejected(self._folder.path, self.rejected)
+        if self._fatal is not None:
+            raise self._fatal
+        if self._stop is not None:
+            raise Stopped(self._stop)
+
+    def _loop(self) -> None:
+        ends = None
+        while not self._work.over:
+            if self._fatal is not None or self._stop is not None:
+                now = time.monotonic()
+                grace = 0 if self._fatal is not None else self._limits.grace
+                ends = min(now + grace, ends or now + grace)
+                if not self._groups.at_work or now >= ends:
+                    return
+            else:
+                self._hand_out()
+                self._check_enough()
+            for reference, waited in self._groups.wait(TICK):
+                self._answer(reference, waited)
+            self._tell()
+
+    # -- handing out --------------------------------------------------------------------------------------------------
+
+    def _hand_out(self) -> None:
+        for ahead in range(1, AHEAD + 1):  # one for each group first
+            for group in self._groups.alive:
+                # Behind the last batches nobody waits while another group has two.
+                few = ahead > 1 and self._work.begun + len(self._groups.alive) > len(self._todo)
+                if len(group.tasks) >= ahead or few:
+                    continue
+                task = self._work.next()
+                if task is None:
+                    break
+                self._give(group, task)
+        if self._work.all_given:
+            for group in self._groups.alive:
+                if not group.tasks and len(self._groups.alive) > 1:
+                    self._groups.let_go(group)
+
+    def _give(self, group: WorkerGroup, task: Task) -> None:
+        batch = task.batch
+        members = batch.members[: self._limits.calibration_images] if task.learns else batch.members
+        requests = self._plan.requests(members)
+        if batch.kind in self._too_large:
+            self._work.done(task)
+            self._reject(batch, batch.members, self._too_large[batch.kind], task.attempt)
+            return
+        if task.learns:
+            self._learning_since = time.monotonic()
+            self._groups.give(group, task, lambda actor: actor.learn.remote(requests))
+            return
+        learned = [self._calibrations[batch.kind]] if batch.kind in self._calibrations else []
+        self._groups.give(
+            group,
+            task,
+            lambda actor: actor.make.remote(batch.number, batch.members, requests, task.attempt, learned),
+        )
+
+    def _check_enough(self) -> None:
+        """Stop where fewer groups are there than have to be, for too long."""
+        if len([each for each in self._groups.all if each.loaded or each.left]) >= min(
+            self._limits.fewest, len(self._groups.all)
+        ):
+            self._short_since = time.monotonic()
+        elif time.monotonic() - self._short_since > self._limits.timeout:
+            self._fatal = Stopped(
+                f"{len(self._groups.alive)} of at least {self._limits.fewest} groups came up within --timeout "
+                f"{self._limits.timeout:g} seconds: {resources_of(self._groups.all)}; ask for fewer --groups"
+            )
+
+    # -- answers ------------------------------------------------------------------------------------------------------
+
+    def _answer(self, reference: Any, waited: Waited) -> None:
+        group, task = waited.group, waited.task
+        try:
+            result = ray.get(reference)
+        except (ray.exceptions.RayError, ValueError, RuntimeError, OSError) as error:
+            self._failed(group, waited, error)
+            return
+        if waited.what == "room":
+            self._groups.start(group)
+            return
+        group.losses = 0
+        if waited.what == "load":
+            group.loaded, group.since = True, group.since or time.time()
+            group.load_seconds, group.machine, group.process = result["seconds"], result["machine"], result["process"]
+            return
+        assert task is not None
+        group.tasks.remove(task)
+        self._work.done(task)
+        if task.learns:
+            self._keep(task.batch.kind, result)
+        else:
+            self._count(group, task.batch, result)
+
+    def _keep(self, kind: int, files: dict[str, bytes]) -> None:
+        self.state.learn_seconds += time.monotonic() - self._learning_since
+        self._folder.keep_calibration(self._plan.kinds[kind], files)
+        self._calibrations[kind] = ray.put(files)
+
+    def _count(self, group: WorkerGroup, batch: Batch, made: Made) -> None:
+        for place in batch.members:
+            self.state.done += not self._done[place]
+            self._done[place] = 1
+        group.busy += made.seconds
+        group.batches += 1
+        group.images += made.images
+        state = self.state
+        state.made += made.images
+        state.evaluated += made.evaluated_share * made.images
+        state.manifest_bytes += made.manifest_bytes
+        if len(state.batch_seconds) < SAMPLES:
+            state.batch_seconds.append(made.seconds)
+            state.write_seconds.append(made.writing)
+
+    def _failed(self, group: WorkerGroup, waited: Waited, error: BaseException) -> None:
+        cause = cause_of(error)
+        if is_gone(error):
+            if waited.what == "load" and not_there_yet(error):
+                self._groups.retry(group)
+                return
+            self._lose(group, cause)
+            return
+        task = waited.task
+        if isinstance(cause, NoRoom):
+            self._fatal = Stopped(f"{cause.strerror}; make room, and run the same command again")
+        elif (
+            isinstance(cause, NotShared)
+            or waited.what in ("load", "learn")
+            and isinstance(cause, (ValueError, TypeError))
+        ):
+            self._fatal = ValueError(one_line(cause))
+        elif task is None:
+            self._fatal = Stopped(f"group {group.number} cannot load: {one_line(cause)}")
+        else:
+            group.tasks.remove(task)
+            if isinstance(cause, TooLarge) and not task.alone:
+                self._too_large[task.batch.kind] = one_line(cause)
+                self._work.done(task)
+                self._reject(task.batch, task.batch.members, one_line(cause), task.attempt)
+            else:
+                self._try_again(task, one_line(cause))
+
+    def _lose(self, group: WorkerGroup, cause: BaseException) -> None:
+        """Have a group built again. Only what it was at is blamed; what waited behind that was not tried."""
+        tasks = self._groups.lost(group)
+        reason = f"the group was lost ({one_line(cause)})"
+        for task in tasks[:1]:
+            self._try_again(task, reason)
+        for task in tasks[1:]:
+            self._work.hand_back(task)
+        if not tasks and group.losses > self._limits.max_attempts:
+            self._groups.let_go(group)
+            if all(each.left for each in self._groups.all):
+                self._fatal = Stopped(f"no group can be kept alive: {reason}")
+
+    def _try_again(self, task: Task, reason: str) -> None:
+        given_up = self._work.failed(task)
+        if task.learns and given_up:
+            self._fatal = Stopped(f"no calibration could be learned: {reason}")
+        elif given_up:
+            self._reject(task.batch, given_up, reason, task.attempt)
+
+    def _reject(self, batch: Batch, places: tuple[int, ...], reason: str, attempts: int) -> None:
+        missing = [place for place in places if not self._done[place]]
+        for request in self._plan.requests(missing):
+            self.rejected.append(Rejected(request.file, request.line, reason, request.id, attempts))
+        write_rejected(self._folder.path, self.rejected)
+
+    # -- looking on ---------------------------------------------------------------------------------------------------
+
+    def _ask_to_stop(self, name: str) -> None:
+        if self._stop is not None:  # asked twice: at once
+            self._limits = replace(self._limits, grace=0.0)
+        self._stop = f"stopped by {name}"
+
+    def _tell(self) -> None:
+        state = self.state
+        state.retries, state.rejected, state.alive = self._work.retries, len(self.rejected), len(self._groups.alive)
+        self._metrics.state(state.alive, state.total - state.done, state.retries, state.rejected)
+        self._show(state)
+
+
+class _Signals:
+    """Calls back on Ctrl-C and SIGTERM, for as long as it is entered; then they do what they did before."""
+
+    def __init__(self, call: Callable[[str], None]) -> None:
+        self._call = call
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._hear)
+
+    def __exit__(self, *unused: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self._call(signal.Signals(number).name)
+
+
+def cpu_seconds() -> float:
+    """What this process has taken of a processor."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime

@@ -1,0 +1,120 @@
+"""Ray for as long as one command runs: an embedded one that goes with it, or a user's cluster that stays as it was."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO
+
+from xfuser.core.distributed.failing import NotStarted
+
+MARK = "XFUSER_BATCH_SESSION"
+_ENDING_SECONDS = 20.0
+# Run by `python -c`: waits until its parent is gone, however that ended, and then ends what bears the parent's mark.
+_KEEPER = """
+import os, sys, time
+import psutil
+sys.stdin.read()
+mark, name, me = sys.argv[1], sys.argv[2], os.getpid()
+for _ in range(50):
+    left = []
+    for each in psutil.process_iter():
+        try:
+            if each.pid != me and each.environ().get(name) == mark and each.status() != psutil.STATUS_ZOMBIE:
+                left.append(each)
+        except (psutil.Error, OSError):
+            pass
+    if not left:
+        break
+    for each in left:
+        try:
+            each.kill()
+        except psutil.Error:
+            pass
+    time.sleep(0.1)
+"""
+
+
+def prepare(address: str | None) -> None:
+    """Settle what Ray reads while it is imported: for an embedded one, that nobody else may give it work."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")  # a busy machine needs more than Ray's 60
+    if address is None and "RAY_AUTH_MODE" not in os.environ and "ray" not in sys.modules:
+        os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)})
+
+
+@contextmanager
+def ray_session(address: str | None, ranks: int, cpus_per_rank: int) -> Iterator[None]:
+    """Connect to a cluster, or start Ray on this machine for as long as the block lasts.
+
+    Args:
+        address: Of a cluster; ``None`` starts an embedded Ray, of which nothing is left behind, also where this
+            process is killed.
+        ranks: Processes that will be asked for at least.
+        cpus_per_rank: Of the machine, where it has no accelerator.
+
+    Raises:
+        ValueError: There is no cluster at the address.
+        NotStarted: Ray cannot be started here.
+    """
+    keeper = None
+    if address is None:
+        # What Ray starts inherits the mark. Its own agents outlive a killed driver by minutes otherwise.
+        mark = os.environ[MARK] = secrets.token_hex(16)
+        keeper = _start_keeper(mark)
+    try:
+        _connect(address, ranks * cpus_per_rank)
+        yield
+    finally:
+        import ray
+
+        ray.shutdown()
+        if keeper is not None:
+            del os.environ[MARK]
+            _dismiss(keeper)
+
+
+def _connect(address: str | None, cpus: int) -> None:
+    import ray
+
+    quiet = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
+    if address is None:
+        try:
+            ray.init(address="local", include_dashboard=False, num_cpus=max(cpus, os.cpu_count() or 1), **quiet)
+        except Exception as error:  # Ray raises plain ones here
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise NotStarted(f"Ray could not be started on this machine: {reason}") from error
+        return
+    try:
+        ray.init(address=address, **quiet)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"--ray_address {address}: no Ray cluster answers there ({reason})") from error
+
+
+def _start_keeper(mark: str) -> subprocess.Popen[bytes]:
+    environment = {name: value for name, value in os.environ.items() if name != MARK}
+    return subprocess.Popen(
+        [sys.executable, "-c", _KEEPER, mark, MARK],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+        start_new_session=True,  # a Ctrl-C in the terminal is not for it
+    )
+
+
+def _dismiss(keeper: subprocess.Popen[bytes]) -> None:
+    """Let it end what is left, and wait for that."""
+    pipe: IO[bytes] | None = keeper.stdin
+    assert pipe is not None
+    pipe.close()
+    end = time.monotonic() + _ENDING_SECONDS
+    while keeper.poll() is None and time.monotonic() < end:
+        time.sleep(0.05)
