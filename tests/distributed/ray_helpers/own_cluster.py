@@ -1,0 +1,22 @@
+"""Stands for a user's own Ray cluster: says its address and the pids of its nodes, and stays until its input ends.
+
+python own_cluster.py CPUS [CPUS ...]       one node each, the first of them the head
+"""
+
+import json
+import sys
+
+from ray.cluster_utils import Cluster
+
+
+def main() -> None:
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": int(sys.argv[1]), "include_dashboard": False})
+    nodes = [cluster.head_node, *(cluster.add_node(num_cpus=int(each)) for each in sys.argv[2:])]
+    pids = [node.all_processes["raylet"][0].process.pid for node in nodes]
+    print(json.dumps({"address": cluster.address, "raylets": pids}), flush=True)
+    sys.stdin.read()
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main()
