@@ -44,6 +44,8 @@ class WorkerGroup:
         images: Written.
         losses: How often it had to be built again, since its last success.
         load_seconds: Of the last loading.
+        start_seconds: From the room that it was given to its first load, its processes' start included.
+        placed: When it was given room.
         machine: Where it is.
         process: The first rank's.
         again: When to ask it again, where it was not there.
@@ -62,6 +64,8 @@ class WorkerGroup:
     losses: int = 0
     rebuilt: int = 0
     load_seconds: float = 0.0
+    start_seconds: float = 0.0
+    placed: float | None = None
     machine: str = ""
     process: int = 0
     again: float | None = None
@@ -78,6 +82,7 @@ class WorkerGroup:
             "images": self.images,
             "rebuilt": self.rebuilt,
             "load_seconds": self.load_seconds,
+            "start_seconds": self.start_seconds,
             "busy_seconds": self.busy,
             "alive_seconds": alive,
             "idle_share": max(0.0, 1 - self.busy / alive) if alive else None,
@@ -134,11 +139,15 @@ class Groups:
         if not self._waited:
             time.sleep(seconds)
             return []
-        done, _ = ray.wait(list(self._waited), timeout=seconds)
+        waited = list(self._waited)
+        done, _ = ray.wait(waited, timeout=seconds)
+        if done and len(waited) > 1:  # all that are there by now: a large cluster answers faster than one at a time
+            done, _ = ray.wait(waited, num_returns=len(waited), timeout=0)
         return [(reference, self._waited.pop(reference)) for reference in done]
 
     def start(self, group: WorkerGroup) -> None:
         """Start the actor where there is room now."""
+        group.placed = time.time()
         where = [
             PlacementGroupSchedulingStrategy(group.placement, placement_group_bundle_index=index)
             for index in range(self._world)
@@ -167,6 +176,14 @@ class Groups:
         self._waited = {key: each for key, each in self._waited.items() if each.group is not group}
         self.retry(group)
         return tasks
+
+    def loaded(self, group: WorkerGroup, told: dict[str, Any]) -> None:
+        """Note that a group takes tasks now."""
+        now = time.time()
+        if group.since is None:
+            group.since, group.start_seconds = now, now - (group.placed or now)
+        group.loaded = True
+        group.load_seconds, group.machine, group.process = told["seconds"], told["machine"], told["process"]
 
     def retry(self, group: WorkerGroup) -> None:
         """Ask a group again that was not there."""

@@ -69,6 +69,7 @@ class State:
     write_seconds: list[float] = field(default_factory=list)
     manifest_bytes: int = 0
     learn_seconds: float = 0.0
+    driver_seconds: float = 0.0
 
     @property
     def share(self) -> float | None:
@@ -132,8 +133,10 @@ class Job:
         )
         self._short_since = time.monotonic()
         try:
+            began = cpu_seconds()
             with _Signals(self._ask_to_stop):
                 self._loop()
+            self.state.driver_seconds = cpu_seconds() - began
         finally:
             self.groups = [each.document() for each in self._groups.all]
             self._groups.close()
@@ -222,8 +225,7 @@ class Job:
             return
         group.losses = 0
         if waited.what == "load":
-            group.loaded, group.since = True, group.since or time.time()
-            group.load_seconds, group.machine, group.process = result["seconds"], result["machine"], result["process"]
+            self._groups.loaded(group, result)
             return
         assert task is not None
         group.tasks.remove(task)

@@ -45,6 +45,7 @@ def prepare(address: str | None) -> None:
     """Settle what Ray reads while it is imported: for an embedded one, that nobody else may give it work."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_py_gcs_connect_timeout_s", "120")  # a busy machine is slow, and not gone
     if address is None:
         # Ray's own 15 would have every other program on the machine go first.
         os.environ.setdefault("RAY_worker_niceness", "0")
@@ -84,32 +85,26 @@ def ray_session(address: str | None, ranks: int, cpus_per_rank: int) -> Iterator
 
 
 def _connect(address: str | None, cpus: int) -> None:
+    """Connect, or start; once more where a busy machine was slower than Ray waits."""
     import ray
 
-    quiet = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
+    settings: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
     if address is None:
-        _start(max(cpus, os.cpu_count() or 1), quiet)
-        return
-    try:
-        ray.init(address=address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"--ray_address {address}: no Ray cluster answers there ({reason})") from error
-
-
-def _start(cpus: int, quiet: dict[str, Any]) -> None:
-    """Start Ray here; once more where a busy machine was slower than Ray waits (NotStarted)."""
-    import ray
-
+        settings |= {"address": "local", "include_dashboard": False, "num_cpus": max(cpus, os.cpu_count() or 1)}
+    else:
+        settings["address"] = address
     for tries_left in range(_STARTS - 1, -1, -1):
         try:
-            ray.init(address="local", include_dashboard=False, num_cpus=cpus, **quiet)
+            ray.init(**settings)
             return
         except Exception as error:  # Ray raises plain ones here
             ray.shutdown()
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            if isinstance(error, (ConnectionError, ValueError)) and address is not None:
+                raise ValueError(f"--ray_address {address}: no Ray cluster answers there ({reason})") from error
             if not tries_left:
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise NotStarted(f"Ray could not be started on this machine: {reason}") from error
+                where = "on this machine" if address is None else f"with --ray_address {address}"
+                raise NotStarted(f"Ray could not be started {where}: {reason}") from error
 
 
 def _start_keeper(mark: str) -> subprocess.Popen[bytes]:
