@@ -55,7 +55,7 @@ setup(
         "gpu": ["flash-attn>=2.6"],
         "ray": ["ray[default,data]>=2.44"],
         "test": ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.9", "import-linter>=2.0", "peft>=0.15"]
-        + ["ray[default,data]>=2.44", "simpy>=4.1"],
+        + ["ray[data]>=2.44", "simpy>=4.1"],
     },
     entry_points={"console_scripts": ["xdit = xfuser.cli:main"]},
     zip_safe=False,

@@ -37,7 +37,7 @@ def cluster() -> Iterator[dict[str, Any]]:
     )
     assert process.stdout is not None
     yield json.loads(process.stdout.readline())
-    process.communicate("", timeout=60)
+    process.communicate("", timeout=120)
 
 
 @pytest.fixture(scope="module")
@@ -61,14 +61,14 @@ def jobs(cluster: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> P
     ]
     listed = folder / "commands.json"
     listed.write_text(json.dumps(commands))
-    done = run(HELPERS / "run_commands.py", listed, **SETTINGS)
+    done = run(HELPERS / "run_commands.py", listed, limit=900, **SETTINGS)
     assert done.code == 0, done.err[-3000:]
     # Somebody loses a file, half of a row, and the table, and gives the same command again.
     shutil.copytree(folder / "two", folder / "again")
     next((folder / "again").glob("images/*/a3.png")).unlink()
     listed = folder / "later.json"
     listed.write_text(json.dumps([batch("again", *goal, "--groups", 2)]))
-    done = run(HELPERS / "run_commands.py", listed, **SETTINGS)
+    done = run(HELPERS / "run_commands.py", listed, limit=900, **SETTINGS)
     assert done.code == 0, done.err[-3000:]
     return folder
 

@@ -81,7 +81,7 @@ def test_an_id_is_the_name_of_a_file_and_of_nothing_else(identity: str, labelled
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"class_label": "bagg"}, "did you mean Bag"),
+        ({"class_label": "bagg"}, "did you mean bag"),
         ({"class_label": 10}, "expected 0 to 9"),
         ({"class_label": True}, "is no class"),
         ({"class_label": None}, "'class_label' is missing"),

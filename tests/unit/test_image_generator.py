@@ -1,4 +1,4 @@
-"""`ImageGenerator` by itself: rows in, images out, whatever came before, and one calibration for all who are given it."""
+"""`ImageGenerator` by itself: rows in, images out, whatever came before, and one calibration for all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from xfuser.ray import ImageGenerator  # noqa: E402
 
 STEPS = 6
 ROWS = {"id": np.array(["a", "b"]), "class_label": np.array([1, 8]), "seed": np.array([5, 6])}
-OTHERS = {"class_label": np.array(["Bag", "Dress"]), "seed": np.array([50, 60])}
+OTHERS = {"class_label": np.array(["bag", "dress"]), "seed": np.array([50, 60])}
 
 
 def generator(**settings: Any) -> ImageGenerator:

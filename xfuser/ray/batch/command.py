@@ -20,6 +20,7 @@ from xfuser.config.parallel import ParallelConfig
 from xfuser.core.distributed.failing import NotStarted
 from xfuser.core.files import write_json
 from xfuser.model_executor.cache.adacorrection.trajectory import TrajectoryConfig
+from xfuser.model_executor.cache.apply import spends_as_base
 from xfuser.model_executor.parallel import check_combination
 from xfuser.model_executor.pipelines.choosing import resolve_model
 from xfuser.model_executor.pipelines.model_types import MODEL_TYPES
@@ -103,6 +104,11 @@ def cache_of(args: argparse.Namespace, parallel: ParallelConfig) -> dict[str, An
         TrajectoryConfig(**settings)
         return settings
     settings = cache_settings(args, MODEL_TYPES[args.model_type].thresholds)
+    if spends_as_base(settings["use_cache"], settings):
+        said = f"--calibration {args.calibration} with --use_cache {settings['use_cache']}"
+        raise ValueError(
+            f"{said}: each group would count anew what the base method spends; name --adacorr_budget and no base method"
+        )
     check_calibration_fits(args, None)
     check_combination(CacheConfig.from_keywords(**settings), parallel)
     return settings

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO, Any
 
 from xfuser.core.distributed.failing import NotStarted
@@ -16,20 +17,24 @@ from xfuser.core.distributed.failing import NotStarted
 MARK = "XFUSER_BATCH_SESSION"
 _ENDING_SECONDS = 20.0
 _STARTS = 3
-# Run by `python -c`: waits until its parent is gone, however that ended, and then ends what bears the parent's mark.
+# Run by `python -c`: is told a line a process, [pid, when it began]; waits until its parent is gone, however that ended;
+# and ends those processes, and whatever bears the parent's mark in its environment.
 _KEEPER = """
-import os, sys, time
+import json, os, sys, time
 import psutil
-sys.stdin.read()
-mark, name, me = sys.argv[1], sys.argv[2], os.getpid()
+name, mark, told = sys.argv[1], sys.argv[2], []
+for line in sys.stdin:
+    told.append(tuple(json.loads(line)))
+
+def is_left(each):
+    try:
+        marked = (each.pid, each.create_time()) in told or each.environ().get(name) == mark
+        return marked and each.pid != os.getpid() and each.status() != psutil.STATUS_ZOMBIE
+    except (psutil.Error, OSError):
+        return False
+
 for _ in range(50):
-    left = []
-    for each in psutil.process_iter():
-        try:
-            if each.pid != me and each.environ().get(name) == mark and each.status() != psutil.STATUS_ZOMBIE:
-                left.append(each)
-        except (psutil.Error, OSError):
-            pass
+    left = [each for each in psutil.process_iter() if is_left(each)]
     if not left:
         break
     for each in left:
@@ -74,6 +79,8 @@ def ray_session(address: str | None, ranks: int, cpus_per_rank: int) -> Iterator
         keeper = _start_keeper(mark)
     try:
         _connect(address, ranks * cpus_per_rank)
+        if keeper is not None:
+            _tell(keeper)
         yield
     finally:
         import ray
@@ -110,13 +117,26 @@ def _connect(address: str | None, cpus: int) -> None:
 def _start_keeper(mark: str) -> subprocess.Popen[bytes]:
     environment = {name: value for name, value in os.environ.items() if name != MARK}
     return subprocess.Popen(
-        [sys.executable, "-c", _KEEPER, mark, MARK],
+        [sys.executable, "-c", _KEEPER, MARK, mark],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env=environment,
         start_new_session=True,  # a Ctrl-C in the terminal is not for it
     )
+
+
+def _tell(keeper: subprocess.Popen[bytes]) -> None:
+    """Name the processes that Ray consists of: some write over their environment, and so over the mark."""
+    import psutil
+
+    pipe = keeper.stdin
+    assert pipe is not None
+    for each in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if each.pid != keeper.pid:
+                pipe.write(json.dumps([each.pid, each.create_time()]).encode() + b"\n")
+    pipe.flush()
 
 
 def _dismiss(keeper: subprocess.Popen[bytes]) -> None:
