@@ -53,7 +53,7 @@ setup(
         # flash-attn compiles against the installed torch: install xfuser first,
         # then `pip install --no-build-isolation "xfuser[gpu]"`.
         "gpu": ["flash-attn>=2.6"],
-        "ray": ["ray[default,data]>=2.44"],
+        "ray": ["ray[default,data]>=2.44", "psutil>=5.9"],
         "test": ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.9", "import-linter>=2.0", "peft>=0.15"]
         + ["ray[data]>=2.44", "simpy>=4.1"],
     },

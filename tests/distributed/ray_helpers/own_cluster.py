@@ -9,8 +9,18 @@ import sys
 from ray.cluster_utils import Cluster
 
 
+def begin(cpus: int, tries: int = 4) -> Cluster:
+    """Start the head; again where a busy machine was slower than Ray waits."""
+    try:
+        return Cluster(initialize_head=True, head_node_args={"num_cpus": cpus, "include_dashboard": False})
+    except Exception:
+        if tries == 1:
+            raise
+        return begin(cpus, tries - 1)
+
+
 def main() -> None:
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": int(sys.argv[1]), "include_dashboard": False})
+    cluster = begin(int(sys.argv[1]))
     nodes = [cluster.head_node, *(cluster.add_node(num_cpus=int(each)) for each in sys.argv[2:])]
     pids = [node.all_processes["raylet"][0].process.pid for node in nodes]
     print(json.dumps({"address": cluster.address, "raylets": pids}), flush=True)

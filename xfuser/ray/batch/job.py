@@ -168,14 +168,14 @@ class Job:
         for ahead in range(1, AHEAD + 1):  # one for each group first
             for group in self._groups.alive:
                 # Behind the last batches nobody waits while another group has two.
-                few = ahead > 1 and self._work.begun + len(self._groups.alive) > len(self._todo)
+                few = ahead > 1 and self._work.left < len(self._groups.alive)
                 if len(group.tasks) >= ahead or few:
                     continue
                 task = self._work.next()
                 if task is None:
                     break
                 self._give(group, task)
-        if self._work.all_given:
+        if not self._work.left:
             for group in self._groups.alive:
                 if not group.tasks and len(self._groups.alive) > 1:
                     self._groups.let_go(group)

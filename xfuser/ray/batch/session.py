@@ -17,8 +17,8 @@ from xfuser.core.distributed.failing import NotStarted
 MARK = "XFUSER_BATCH_SESSION"
 _ENDING_SECONDS = 20.0
 _STARTS = 3
-# Run by `python -c`: is told a line a process, [pid, when it began]; waits until its parent is gone, however that ended;
-# and ends those processes, and whatever bears the parent's mark in its environment.
+# Run by `python -c`: is told processes, a line each: [pid, when it began]. Waits until its parent is gone, however that
+# ended, and ends those processes, and whatever bears the parent's mark in its environment.
 _KEEPER = """
 import json, os, sys, time
 import psutil

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from xfuser.ray.batch.batches import Batch
@@ -30,21 +30,19 @@ class Work:
     """Hands out batches in order. What has failed comes first again, so that nothing is left for the end.
 
     Args:
-        batches: In order; read as they are wanted.
+        batches: In order.
         max_attempts: How often a batch is tried, and then each of its images.
         learns: Whether the images of a kind need a calibration that has to be learned.
         known: Kinds whose calibration is there already.
     """
 
-    def __init__(self, batches: Iterable[Batch], max_attempts: int, learns: bool, known: Iterable[int] = ()) -> None:
-        self._batches, self._max, self._learns = iter(batches), max_attempts, learns
+    def __init__(self, batches: Sequence[Batch], max_attempts: int, learns: bool, known: Iterable[int] = ()) -> None:
+        self._batches, self._max, self._learns = deque(batches), max_attempts, learns
         self._again: deque[Task] = deque()
         self._known, self._learning = set(known), set()
         self._held: dict[int, list[Task]] = {}
         self.given_out = 0
         self.retries = 0
-        self.begun = 0
-        self._ended = False
 
     def next(self) -> Task | None:
         """Take a task; ``None`` where nothing can be begun now."""
@@ -91,19 +89,14 @@ class Work:
         return ()
 
     @property
-    def all_given(self) -> bool:
-        """Whether nothing is left to hand out, unless something fails."""
-        return self._ended and not self._again and not self._held
+    def left(self) -> int:
+        """Tasks that are still to be handed out, unless something fails."""
+        return len(self._batches) + len(self._again) + sum(map(len, self._held.values()))
 
     @property
     def over(self) -> bool:
         """Whether nothing is left, and nothing is being done."""
-        return self.all_given and not self.given_out
+        return not self.left and not self.given_out
 
     def _fresh(self) -> Task | None:
-        batch = next(self._batches, None)
-        if batch is None:
-            self._ended = True
-            return None
-        self.begun += 1
-        return Task(batch)
+        return Task(self._batches.popleft()) if self._batches else None
