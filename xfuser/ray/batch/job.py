@@ -69,7 +69,7 @@ class State:
     write_seconds: list[float] = field(default_factory=list)
     manifest_bytes: int = 0
     learn_seconds: float = 0.0
-    driver_seconds: float = 0.0
+    driver_seconds: float = 0.0  # of a processor, in rounds of the loop that had an answer
 
     @property
     def share(self) -> float | None:
@@ -133,10 +133,8 @@ class Job:
         )
         self._short_since = time.monotonic()
         try:
-            began = cpu_seconds()
             with _Signals(self._ask_to_stop):
                 self._loop()
-            self.state.driver_seconds = cpu_seconds() - began
         finally:
             self.groups = [each.document() for each in self._groups.all]
             self._groups.close()
@@ -149,6 +147,7 @@ class Job:
     def _loop(self) -> None:
         ends = None
         while not self._work.over:
+            began = time.thread_time()
             if self._fatal is not None or self._stop is not None:
                 now = time.monotonic()
                 grace = 0 if self._fatal is not None else self._limits.grace
@@ -158,9 +157,12 @@ class Job:
             else:
                 self._hand_out()
                 self._check_enough()
-            for reference, waited in self._groups.wait(TICK):
+            answers = self._groups.wait(TICK)
+            for reference, waited in answers:
                 self._answer(reference, waited)
             self._tell()
+            if answers:  # rounds in which nothing comes cost nobody anything
+                self.state.driver_seconds += time.thread_time() - began
 
     # -- handing out --------------------------------------------------------------------------------------------------
 
