@@ -298,7 +298,7 @@ def main(argv: list[str] | None = None, script: Path | None = None) -> None:
         OneLineParser(prog=name).error(str(error))
     args = parser.parse_args(given)
     if args.command is None:
-        parser.error(f"name a command: {' or '.join(COMMANDS)}; see xdit --help")
+        parser.error(f"name a command: {', '.join(COMMANDS[:-1])} or {COMMANDS[-1]}; see xdit --help")
     args.script, args.argv = script, given if script is None else given[1:]
     try:
         args.run(args)

@@ -96,7 +96,7 @@ def test_the_methods_on_offer_are_those_that_there_are() -> None:
         (["generate", "--use_cache", "zebra"], ["'zebra' is not known; choose one of None, Fast, Tea, Fb, Interval"]),
         (["calibrate", "--levle", "blocks"], ["xdit calibrate: --levle", "did you mean --level?"]),
         (["genrate"], ["xdit: ", "did you mean generate?"]),
-        ([], ["xdit: ", "generate or calibrate"]),
+        ([], ["xdit: ", "generate, batch or calibrate"]),
         (["generate", "--prompt", "a", "--seed", "1", "red"], ["'red' follows no flag", "quotes"]),
         (["generate", "--guidance_scale", "-1"], ["--guidance_scale", "'-1' is not a number of at least 0"]),
         (["generate", "--overwrite", "--resume"], ["--resume", "--overwrite"]),
