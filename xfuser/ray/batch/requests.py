@@ -98,7 +98,8 @@ class Rules:
     def known(self) -> tuple[str, ...]:
         """Every name that a line may have."""
         condition = ("class_label", "label") if self.labelled else ("prompt",)
-        return ("id", "seed", "steps", *condition, *_OWN, "true_cfg_scale", *sorted(self.others))
+        names = ("id", *condition, "seed", "steps", *_OWN, "true_cfg_scale", *sorted(self.others))
+        return tuple(dict.fromkeys(names))
 
 
 @dataclass(frozen=True)
