@@ -35,9 +35,9 @@ from xfuser.core.distributed.environment import (  # noqa: E402
 )
 from xfuser.core.distributed.mesh import ParallelMesh  # noqa: E402
 from xfuser.core.files import write_json  # noqa: E402
-from xfuser.model_executor.adapters import declaration_of  # noqa: E402
+from xfuser.model_executor.adapters import spec_of  # noqa: E402
+from xfuser.model_executor.adapters.small import smooth_in_time  # noqa: E402
 from xfuser.model_executor.parallel import parallelize  # noqa: E402
-from xfuser.model_executor.pipelines.toy_parts import smooth_in_time  # noqa: E402
 
 CACHES: dict[str, dict[str, Any]] = {
     "none": {},
@@ -127,7 +127,7 @@ def compile_blocks(transformer: FluxTransformer2DModel) -> None:
     The engine counts a first call's FLOPs in a dispatch mode. Inside one torch gives up compiling a function for good,
     and a compiled one would hide its operators, so that call runs as it was written.
     """
-    for block in declaration_of(transformer).blocks(transformer):
+    for block in spec_of(transformer).blocks(transformer):
         block.forward = _compiled(block.forward)
 
 

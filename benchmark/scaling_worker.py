@@ -32,7 +32,7 @@ from xfuser.core.distributed.environment import (  # noqa: E402
 from xfuser.core.distributed.mesh import ParallelMesh  # noqa: E402
 from xfuser.core.distributed.statistics import SumExchange  # noqa: E402
 from xfuser.core.files import write_json  # noqa: E402
-from xfuser.model_executor.adapters import BoundArguments, declaration_of  # noqa: E402
+from xfuser.model_executor.adapters import BoundArguments, spec_of  # noqa: E402
 from xfuser.model_executor.cache import apply_cache_on_pipeline  # noqa: E402
 from xfuser.model_executor.cache.attach import scheduler_calls  # noqa: E402
 from xfuser.model_executor.parallel import parallelize  # noqa: E402
@@ -172,12 +172,12 @@ class Decisions:
 def sizes_of(job: Job, loaded: LoadedPipeline) -> dict[str, Any]:
     """What the cost model needs to know of the model, seen in one generation of one image."""
     transformer = loaded.pipeline.transformer
-    declaration = declaration_of(transformer)
-    block, seen = declaration.blocks(transformer)[0], {}
+    spec = spec_of(transformer)
+    block, seen = spec.blocks(transformer)[0], {}
     arguments = BoundArguments(block.forward)
 
     def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        streams = [arguments.read(name, args, kwargs) for name in declaration.streams]
+        streams = [arguments.read(name, args, kwargs) for name in spec.groups[0].takes]
         seen["branches"] = streams[0].shape[0]
         seen["tokens"], seen["width"] = sum(each.shape[1] for each in streams), streams[0].shape[2]
 
@@ -195,7 +195,7 @@ def sizes_of(job: Job, loaded: LoadedPipeline) -> dict[str, Any]:
         engine.remove()
     (flops,) = engine.known_flops().values()
     return seen | {
-        "heads": declaration.heads(transformer),
+        "heads": spec.heads(transformer),
         "block_flops": [each / seen["branches"] for each in flops.blocks],
         "outside_flops": (flops.total - sum(flops.blocks)) / seen["branches"],
     }
@@ -296,12 +296,12 @@ def probe_links(device: torch.device, numbers: int) -> dict[str, float]:
 def fitting(job: Job, config: ParallelConfig) -> str | None:
     """Why a mesh does not fit the model; ``None`` where it does."""
     loaded = load_pipeline(job.model_type, job.model)
-    declaration = declaration_of(loaded.pipeline.transformer)
-    if config.use_cfg_parallel and declaration.guidance != "batch":
+    spec = spec_of(loaded.pipeline.transformer)
+    if config.use_cfg_parallel and spec.guidance != "batch":
         return f"{job.model_type} evaluates one branch a step here"
     try:
-        blocks = declaration.blocks(loaded.pipeline.transformer)
-        config.check_model(declaration.heads(loaded.pipeline.transformer), len(blocks))
+        blocks = spec.blocks(loaded.pipeline.transformer)
+        config.check_model(spec.heads(loaded.pipeline.transformer), len(blocks))
     except ValueError as error:
         return str(error)
     return None

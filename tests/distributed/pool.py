@@ -18,10 +18,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
 from xfuser.config import ParallelConfig
 from xfuser.core.distributed.mesh import ParallelMesh
+from xfuser.model_executor.adapters import dit
 from xfuser.model_executor.parallel import ParallelPipeline, parallelize
 from xfuser.model_executor.pipelines import LoadedPipeline, load_pipeline
 
@@ -76,22 +76,7 @@ def loaded(family: str) -> LoadedPipeline:
 
 def build_small_dit() -> LoadedPipeline:
     """Four blocks on 16 tokens, for tests that generate hundreds of times."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        transformer = DiTTransformer2DModel(
-            num_attention_heads=2,
-            attention_head_dim=8,
-            in_channels=4,
-            out_channels=4,
-            num_layers=4,
-            sample_size=4,
-            patch_size=1,
-            num_embeds_ada_norm=1000,
-        )
-        autoencoder = AutoencoderKL(in_channels=1, out_channels=1, block_out_channels=(8,), norm_num_groups=4)
-    pipeline = DiTPipeline(transformer.eval(), autoencoder.eval(), DDIMScheduler(timestep_spacing="trailing"))
-    pipeline.set_progress_bar_config(disable=True)
-    return LoadedPipeline(pipeline, "dit", SMALL, torch.float32)
+    return LoadedPipeline(dit.build_small(), "dit", SMALL, torch.float32)
 
 
 _MESHES: OrderedDict[ParallelConfig, ParallelMesh] = OrderedDict()

@@ -33,8 +33,8 @@ def perturbed(job: Job, scale: float, seed: int) -> Outcome:
         runner = spread.engine.runner
         original = runner.streams_of
 
-        def streams_of(index: int, args: Any, kwargs: Any) -> Any:
-            streams = original(index, args, kwargs)
+        def streams_of(active: Any, index: int, args: Any, kwargs: Any) -> Any:
+            streams = original(active, index, args, kwargs)
             noise = torch.randn(streams[0].shape, generator=generator)
             return (streams[0] + scale * noise * streams[0].abs().mean(), *streams[1:])
 

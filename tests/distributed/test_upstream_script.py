@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from xfuser.model_executor.pipelines.toy_flux import build_toy_flux
-from xfuser.model_executor.pipelines.toy_pixart import build_toy_pixart
+from xfuser.model_executor.adapters.flux import build_small as build_toy_flux
+from xfuser.model_executor.adapters.pixart import build_small as build_toy_pixart
 
 SCRIPT = Path(__file__).with_name("upstream_script.py")
 SECONDS = 150

@@ -13,9 +13,9 @@ from diffusers import DiffusionPipeline
 from launching import run, torchrun
 from PIL import Image
 
-from xfuser.model_executor.pipelines.toy_flux import build_toy_flux
-from xfuser.model_executor.pipelines.toy_pixart import build_toy_pixart
-from xfuser.model_executor.pipelines.toy_sd3 import build_toy_sd3
+from xfuser.model_executor.adapters.flux import build_small as build_toy_flux
+from xfuser.model_executor.adapters.pixart import build_small as build_toy_pixart
+from xfuser.model_executor.adapters.sd3 import build_small as build_toy_sd3
 
 SCRIPTS = Path(__file__).with_name("xdit_scripts")
 GENERATIONS = ("release_0_4_2", "release_0_4_4", "head")

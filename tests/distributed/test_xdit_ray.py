@@ -14,8 +14,8 @@ from launching import run
 from PIL import Image
 
 from xfuser import apply_cache_on_pipeline
-from xfuser.model_executor.pipelines.toy_flux import build_toy_flux
-from xfuser.model_executor.pipelines.toy_pixart import build_toy_pixart
+from xfuser.model_executor.adapters.flux import build_small as build_toy_flux
+from xfuser.model_executor.adapters.pixart import build_small as build_toy_pixart
 
 pytest.importorskip("ray")
 

@@ -11,6 +11,8 @@ from calibrations import once, saved  # noqa: F401 (fixtures)
 from toys import Toy
 from trajectories import attached, own_store, tiny  # noqa: F401 (fixtures)
 
+from xfuser.model_executor.adapters import denoisers_of
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
@@ -50,5 +52,6 @@ def _lent(used: Toy) -> Iterator[Toy]:
 
 
 def _assert_clean(used: Toy) -> None:
-    assert not any("forward" in vars(module) for module in used.transformer.modules()), "a cache was left attached"
+    modules = [module for denoiser in denoisers_of(used.pipeline) for module in denoiser.modules()]
+    assert not any("forward" in vars(module) for module in modules), "a cache was left attached"
     assert not {"step", "set_timesteps"} & set(vars(used.scheduler)), "a cache was left on the scheduler"

@@ -24,13 +24,13 @@ from pipeline_zoo_parts import (
     without_text,
     zoo,
 )
-from toys import build_toy_dit
 from transformers import ClapTextConfig, ClapTextModelWithProjection
 
-from xfuser.model_executor.pipelines.toy_flux import build_toy_flux
-from xfuser.model_executor.pipelines.toy_parts import HIDDEN, byte_tokenizer
-from xfuser.model_executor.pipelines.toy_pixart import build_toy_pixart
-from xfuser.model_executor.pipelines.toy_sd3 import build_toy_sd3
+from xfuser.model_executor.adapters.dit import build_small as build_toy_dit
+from xfuser.model_executor.adapters.flux import build_small as build_toy_flux
+from xfuser.model_executor.adapters.pixart import build_small as build_toy_pixart
+from xfuser.model_executor.adapters.sd3 import build_small as build_toy_sd3
+from xfuser.model_executor.adapters.small import HIDDEN, byte_tokenizer
 
 __all__ = ["ZOO", "Case"]
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import CLIPTextModel, SpeechT5HifiGan, SpeechT5HifiGanConfig
 
-from xfuser.model_executor.pipelines.toy_parts import HIDDEN, byte_tokenizer, seeded, small_clip_config
+from xfuser.model_executor.adapters.small import HIDDEN, byte_tokenizer, seeded, small_clip_config
 
 Build = Callable[[], df.DiffusionPipeline]
 Arguments = dict[str, Any]

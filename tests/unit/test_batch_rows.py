@@ -9,7 +9,7 @@ import torch
 from toys import ALL_FAMILIES, Toy
 
 from xfuser.core.shards import narrow_batch
-from xfuser.model_executor.adapters import BoundArguments, declaration_of
+from xfuser.model_executor.adapters import BoundArguments, spec_of
 
 PER_IMAGE = ("hidden_states", "ip_hidden_states", "timestep")
 
@@ -42,9 +42,9 @@ def test_one_row_is_everyones_and_any_other_number_is_refused() -> None:
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_declared_is_what_grows_with_the_batch(toy: Toy) -> None:
     """Of the transformer and of its blocks, at two sizes of the batch: all that grows along, and nothing else."""
-    declaration = declaration_of(toy.transformer)
+    spec = spec_of(toy.transformer)
     rows: list[dict[str, int]] = []
-    modules = [toy.transformer, *declaration.blocks(toy.transformer)]
+    modules = [toy.transformer, *spec.blocks(toy.transformer)]
 
     def note(module: Any, args: Any, kwargs: Any) -> None:
         named = BoundArguments(module.forward).named(args, kwargs)
@@ -62,7 +62,7 @@ def test_declared_is_what_grows_with_the_batch(toy: Toy) -> None:
     fewer, more = rows
     assert fewer.keys() == more.keys()
     growing = {name for name in fewer if more[name] * 3 == fewer[name] * 5 and fewer[name]}
-    assert growing == {name for name in fewer if name in declaration.per_image and fewer[name] > 1}
+    assert growing == {name for name in fewer if name in spec.per_image and fewer[name] > 1}
     assert "hidden_states" in growing
 
 

@@ -15,7 +15,7 @@ import torch
 from calibrations import STEPS, calibration_of, recorded
 from toys import ALL_FAMILIES, ALWAYS, FAMILIES, Toy, attached, drive
 
-from xfuser.model_executor.adapters import declaration_of
+from xfuser.model_executor.adapters import spec_of
 from xfuser.model_executor.cache.calibration import Calibration, FittedWeights, fit_polynomial
 from xfuser.model_executor.cache.linear import RIDGE as MAP_RIDGE
 
@@ -87,8 +87,8 @@ def test_the_row_of_the_run(probed: int) -> None:
 @contextmanager
 def watching(toy: Toy) -> Iterator[list[list[tuple[torch.Tensor, torch.Tensor]]]]:
     """Per block, the image stream before and after it at every step."""
-    declaration = declaration_of(toy.transformer)
-    place = declaration.returns.index("hidden_states")
+    spec = spec_of(toy.transformer)
+    place = spec.groups[0].returns.index("hidden_states")
     seen: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in toy.blocks]
 
     def noting(index: int) -> Callable[..., None]:

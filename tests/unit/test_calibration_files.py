@@ -12,8 +12,9 @@ import torch
 from calibrations import STEPS, refused
 from diffusers import DDPMScheduler, DiTPipeline
 from safetensors.torch import load_file, save_file
-from toys import Toy, attached, build_toy_dit
+from toys import Toy, attached
 
+from xfuser.model_executor.adapters.dit import build_small as build_toy_dit
 from xfuser.model_executor.cache import apply_cache_on_pipeline, apply_cache_on_transformer
 from xfuser.model_executor.cache.calibration import Calibration
 

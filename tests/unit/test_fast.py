@@ -46,7 +46,7 @@ ELEMENTS = 10.0
 
 def policy_of(calibration: Calibration | None = None, blocks: int = 1, **settings: Any) -> FastPolicy:
     settings = {"rel_l1_thresh": 10.0} | settings
-    return FastPolicy(CacheConfig(use_cache="Fast", **settings), dit_adapter.DECLARATION, blocks, calibration)
+    return FastPolicy(CacheConfig(use_cache="Fast", **settings), dit_adapter.SPEC, blocks, calibration)
 
 
 def call_at(step: int, num_steps: int | None = None) -> Call:

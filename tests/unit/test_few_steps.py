@@ -13,7 +13,7 @@ from xfuser import xFuserArgs
 from xfuser.cli import main
 from xfuser.config import FlexibleArgumentParser, InputConfig
 from xfuser.core.distributed import get_runtime_state
-from xfuser.model_executor.pipelines.toy_pixart import build_toy_pixart
+from xfuser.model_executor.adapters.pixart import build_small as build_toy_pixart
 from xfuser.xdit.pipelines import xFuserPixArtAlphaPipeline
 
 

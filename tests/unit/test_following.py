@@ -13,9 +13,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DiTPipeline, DPMSolverMultistepScheduler
 from peft import LoraConfig, inject_adapter_in_model
-from toys import Toy, attached, build_toy_dit
+from toys import Toy, attached
 
 from xfuser import apply_cache_on_pipeline
+from xfuser.model_executor.adapters.dit import build_small as build_toy_dit
 
 STEPS = 6
 TEA: dict[str, Any] = {"use_cache": "Tea", "rel_l1_thresh": 0.3}

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiTPipeline
-from toys import ALL_FAMILIES, ALWAYS, FAMILIES, Toy, attached, blocks_of, build_toy_dit, counted
+from toys import ALL_FAMILIES, ALWAYS, FAMILIES, Toy, attached, blocks_of, counted
 
 from xfuser.config import CacheConfig
-from xfuser.model_executor.adapters import declaration_of
+from xfuser.model_executor.adapters import spec_of
+from xfuser.model_executor.adapters.dit import build_small as build_toy_dit
 from xfuser.model_executor.cache import CacheEngine
 from xfuser.model_executor.cache.adacorrection.base import Observation, StepContext
 from xfuser.model_executor.cache.adacorrection.offset import OffsetRow
@@ -249,7 +250,7 @@ def test_a_weight_is_noted_where_something_stood_in(dit: Toy, sync: str) -> None
 def test_tokens_of_a_block_can_be_evaluated(toy: Toy) -> None:
     steps, tolerance = 14, {"dit": 0.05, "flux": 0.006, "pixart": 0.02, "sd3": 0.02}[toy.family]
     settings = GATE | {"granularity": "token", "adacorr_tolerance": tolerance, "approximation": "residual"}
-    names = declaration_of(toy.transformer).self_attention
+    names = spec_of(toy.transformer).groups[0].self_attention
     counts, most = 0, 0
 
     def count(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

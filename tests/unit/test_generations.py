@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from toys import FAMILIES, LEVELS, Toy, attached, build_toy_dit, wrapped
+from toys import FAMILIES, LEVELS, Toy, attached, wrapped
+
+from xfuser.model_executor.adapters.dit import build_small as build_toy_dit
 
 STEPS = 7
 CORRECTIONS: dict[str, dict[str, Any]] = {

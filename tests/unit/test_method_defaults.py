@@ -12,7 +12,7 @@ from toys import ALL_FAMILIES, Toy, attached, scripted_engine
 from toys import ScriptedTransformer as Scripted
 
 from xfuser.config import CacheConfig
-from xfuser.model_executor.adapters import DECLARATIONS, declaration_of
+from xfuser.model_executor.adapters import SPECS, spec_of
 from xfuser.model_executor.cache import apply_cache_on_transformer
 from xfuser.model_executor.pipelines import MODEL_TYPES
 from xfuser.model_executor.pipelines.loading import load_pipeline
@@ -37,14 +37,14 @@ def test_a_threshold_that_is_left_out_is_the_command_lines(toy: Toy, method: str
 @pytest.mark.parametrize("method", METHODS)
 def test_the_shipped_model_has_its_own(method: str) -> None:
     transformer = load_pipeline("tiny-dit").pipeline.transformer
-    declaration = declaration_of(transformer)
-    assert declaration.threshold(method, transformer) == MODEL_TYPES["tiny-dit"].thresholds[method]
+    spec = spec_of(transformer)
+    assert spec.threshold(method, transformer) == MODEL_TYPES["tiny-dit"].thresholds[method]
     assert MODEL_TYPES["tiny-dit"].thresholds != MODEL_TYPES["dit"].thresholds
 
 
 def test_every_family_names_all_of_them() -> None:
-    for declaration in DECLARATIONS.values():
-        assert set(declaration.thresholds) == set(METHODS)
+    for spec in SPECS.values():
+        assert set(spec.thresholds) == set(METHODS)
 
 
 def test_one_that_is_named_is_taken(dit: Toy) -> None:

@@ -100,7 +100,7 @@ def test_tea_judges_branches_apart() -> None:
     ],
 )
 def test_flux_polynomial_has_its_highest_degree_first(change: float, expected: float) -> None:
-    policy = TeaPolicy(CacheConfig(use_cache="Tea", rel_l1_thresh=100.0), flux.DECLARATION, 8)
+    policy = TeaPolicy(CacheConfig(use_cache="Tea", rel_l1_thresh=100.0), flux.SPEC, 8)
     state = TeaState()
     call = Call(step=1, branch=("0",), starts_generation=False, num_steps=None)
     assert policy.propose(state, [change * 40.0, 40.0], call) is False
@@ -114,7 +114,7 @@ def test_flux_polynomial_has_its_highest_degree_first(change: float, expected: f
 
 
 def test_dit_has_no_published_polynomial_and_takes_the_identity() -> None:
-    policy = TeaPolicy(CacheConfig(use_cache="Tea", rel_l1_thresh=100.0), dit.DECLARATION, 4)
+    policy = TeaPolicy(CacheConfig(use_cache="Tea", rel_l1_thresh=100.0), dit.SPEC, 4)
     state = TeaState()
     policy.propose(state, [3.0, 8.0], Call(1, ("0",), False, None))
     assert state.accumulated == 0.375

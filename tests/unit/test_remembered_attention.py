@@ -12,7 +12,7 @@ from torch import nn
 from toys import ALL_FAMILIES, Toy, attached, choosing, drive
 
 from xfuser.core.attention import KeyValueMemory
-from xfuser.model_executor.adapters import declaration_of
+from xfuser.model_executor.adapters import spec_of
 from xfuser.model_executor.cache.tokens import TokenChoice
 
 STEPS = 8
@@ -45,7 +45,7 @@ def test_fresh_keys_are_put_among_the_remembered_ones(text_first: bool) -> None:
 
 
 def attention_modules(toy: Toy) -> list[tuple[int, str, nn.Module]]:
-    names = declaration_of(toy.transformer).self_attention
+    names = spec_of(toy.transformer).groups[0].self_attention
     found = [(index, name, getattr(block, name, None)) for index, block in enumerate(toy.blocks) for name in names]
     return [(index, name, module) for index, name, module in found if module is not None]
 
@@ -98,8 +98,8 @@ def test_moving_tokens_attend_to_the_remembered_ones(toy: Toy) -> None:
     """Every attention, at every step, is the module's own on the whole sequence: moving tokens and text as they are
     now, static ones as they were when they were last evaluated.
     """
-    declaration = declaration_of(toy.transformer)
-    sequences = [FullSequence(module, name, declaration.text_first) for _, name, module in attention_modules(toy)]
+    spec = spec_of(toy.transformer)
+    sequences = [FullSequence(module, name, spec.text_first) for _, name, module in attention_modules(toy)]
     steps: list[int] = []
     previous: list[torch.Tensor] = []
 
@@ -113,7 +113,7 @@ def test_moving_tokens_attend_to_the_remembered_ones(toy: Toy) -> None:
             count = int(moving.sum(1).max())
             ranks = torch.where(moving, torch.inf, square).argsort(dim=1, descending=True)
             places = ranks[:, :count].sort(dim=1).values
-            if declaration.per_token:
+            if spec.groups[0].per_token:
                 union = sorted(set(places.flatten().tolist()))
                 places = torch.tensor([union] * len(hidden))
             steps.append(places.shape[1])

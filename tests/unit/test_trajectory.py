@@ -18,10 +18,10 @@ from diffusers import (
     LMSDiscreteScheduler,
     UniPCMultistepScheduler,
 )
-from toys import build_toy_dit
 from trajectories import STEPS, Calls, draw, psnr
 
 from xfuser import apply_cache_on_pipeline
+from xfuser.model_executor.adapters.dit import build_small as build_toy_dit
 
 pytestmark = pytest.mark.usefixtures("own_store")
 

@@ -17,8 +17,8 @@ from PIL import Image
 import xfuser
 from xfuser.config import EngineConfig, FlexibleArgumentParser, InputConfig, xFuserArgs
 from xfuser.core.distributed import get_runtime_state, get_world_group
+from xfuser.model_executor.adapters.flux import build_small as build_toy_flux
 from xfuser.model_executor.parallel.batch import part_of_batch
-from xfuser.model_executor.pipelines.toy_flux import build_toy_flux
 from xfuser.xdit import pipelines as upstream
 
 SIZE = {"height": 64, "width": 64, "max_sequence_length": 64}

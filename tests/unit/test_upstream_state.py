@@ -26,7 +26,7 @@ from xfuser.core.distributed import (
     runtime_state_is_initialized,
 )
 from xfuser.core.long_ctx_attention import xFuserLongContextAttention
-from xfuser.model_executor.pipelines.toy_flux import build_toy_flux
+from xfuser.model_executor.adapters.flux import build_small as build_toy_flux
 from xfuser.xdit.diffusers_versions import MINIMUM
 from xfuser.xdit.parallel_state import destroy_distributed_environment, destroy_model_parallel
 

@@ -11,16 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from torch import nn
 
 from xfuser.config import CacheConfig
-from xfuser.model_executor.adapters import ModelDeclaration
+from xfuser.model_executor.adapters import SMALL, BlockGroup, ModelSpec, SmallPipeline, denoisers_of, spec_of
 from xfuser.model_executor.cache import CacheEngine, apply_cache_on_pipeline, apply_cache_on_transformer
 from xfuser.model_executor.cache.tokens import TokenChoice
-from xfuser.model_executor.pipelines.toy_flux import build_toy_flux
-from xfuser.model_executor.pipelines.toy_pixart import build_toy_pixart
-from xfuser.model_executor.pipelines.toy_sd3 import build_toy_sd3
 
 FAMILIES = ("dit", "flux")  # one stream and two: what most tests run on
 ALL_FAMILIES = (*FAMILIES, "pixart", "sd3")
@@ -28,37 +24,8 @@ LEVELS = ("transformer", "pipeline")
 ALWAYS = 1e6  # a threshold that no distance reaches
 
 
-def build_toy_dit(seed: int = 0, layers: int = 4) -> DiTPipeline:
-    """A class-conditional DiT of 16 tokens and 16 channels; its images have 4 x 4 pixels of one channel."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        transformer = DiTTransformer2DModel(
-            num_attention_heads=2,
-            attention_head_dim=8,
-            in_channels=4,
-            out_channels=4,
-            num_layers=layers,
-            sample_size=4,
-            patch_size=1,
-            num_embeds_ada_norm=1000,
-        )
-        autoencoder = AutoencoderKL(in_channels=1, out_channels=1, block_out_channels=(8,), norm_num_groups=4)
-    pipeline = DiTPipeline(transformer.eval(), autoencoder.eval(), DDIMScheduler(timestep_spacing="trailing"))
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-BUILDERS: dict[str, Callable[[], Any]] = {
-    "dit": build_toy_dit,
-    "flux": build_toy_flux,
-    "pixart": build_toy_pixart,
-    "pixart-sigma": functools.partial(build_toy_pixart, sigma=True),
-    "sd3": build_toy_sd3,
-}
-CALL = {
-    "pixart": {"use_resolution_binning": False, "clean_caption": False},
-    "pixart-sigma": {"use_resolution_binning": False, "clean_caption": False},
-}
+BUILDERS: dict[str, Callable[[], Any]] = {name: small.build for name, small in SMALL.items()}
+CALL = {name: {"use_resolution_binning": False, "clean_caption": False} for name in ("pixart", "pixart-sigma")}
 
 
 @dataclass
@@ -76,8 +43,12 @@ class Toy:
         return cls(family, pipeline)
 
     @property
+    def small(self) -> SmallPipeline:
+        return SMALL[self.family]
+
+    @property
     def transformer(self) -> nn.Module:
-        return self.pipeline.transformer
+        return denoisers_of(self.pipeline)[0]
 
     @property
     def scheduler(self) -> Any:
@@ -87,32 +58,34 @@ class Toy:
     def blocks(self) -> list[nn.Module]:
         return blocks_of(self.transformer)
 
-    def images(self, steps: int = 6, batch: int = 1, seed: int = 0) -> np.ndarray:
-        """Generate with whatever is attached, float [batch, H, W, C]."""
+    def images(self, steps: int = 6, batch: int = 1, seed: int = 0, guided: bool = False) -> np.ndarray:
+        """Generate with whatever is attached, float [batch, H, W, C], or [batch, F, H, W, C] of a video.
+
+        Where guidance is in one batch, there is always some.
+        """
         arguments: dict[str, Any] = {
             "generator": [torch.Generator().manual_seed(seed + index) for index in range(batch)],
             "num_inference_steps": steps,
             "output_type": "np",
         }
-        if self.family == "dit":
-            arguments |= {"class_labels": [7 + index for index in range(batch)], "guidance_scale": 1.5}
-        else:
-            prompts = [f"fox number {index}" for index in range(batch)]
-            arguments |= {"prompt": prompts, "height": 64, "width": 64, "max_sequence_length": 16}
-            arguments |= CALL.get(self.family, {})
-        return np.asarray(self.pipeline(**arguments).images)
+        arguments |= self.small.call(batch)
+        if guided or spec_of(self.transformer).guidance == "batch":
+            arguments |= self.small.guided(batch)
+        return np.asarray(getattr(self.pipeline(**arguments), self.small.makes))
 
     def plain_images(self, steps: int = 6, batch: int = 1, seed: int = 0) -> np.ndarray:
         """The same without a cache, computed once."""
         key = (steps, batch, seed)
         if key not in self._plain:
-            assert "forward" not in vars(self.transformer)
+            assert not any("forward" in vars(each) for each in denoisers_of(self.pipeline))
             self._plain[key] = self.images(*key)
         return self._plain[key]
 
 
 def blocks_of(transformer: nn.Module) -> list[nn.Module]:
-    return [*transformer.transformer_blocks, *getattr(transformer, "single_transformer_blocks", ())]
+    """Its blocks, found without the specs."""
+    lists = ("transformer_blocks", "joint_transformer_blocks", "blocks", "single_transformer_blocks")
+    return [block for name in lists for block in getattr(transformer, name, ())]
 
 
 @contextmanager
@@ -121,7 +94,7 @@ def attached(pipeline: Any, level: str, use_cache: str | None, **settings: Any) 
     if level == "pipeline":
         engine = apply_cache_on_pipeline(pipeline, use_cache, **settings)
     else:
-        engine = apply_cache_on_transformer(pipeline.transformer, use_cache, **settings)
+        engine = apply_cache_on_transformer(denoisers_of(pipeline)[0], use_cache, **settings)
     try:
         yield engine
     finally:
@@ -231,12 +204,10 @@ def growing_values(factors: list[float]) -> list[float]:
     return values
 
 
-SCRIPTED = ModelDeclaration(
+SCRIPTED = ModelSpec(
     transformer_class="ScriptedTransformer",
-    block_lists=("blocks",),
+    groups=(BlockGroup("blocks"),),
     conditioning=(),
-    streams=("hidden_states",),
-    returns=("hidden_states",),
     modulated_input=lambda block, arguments: arguments["hidden_states"],
 )
 

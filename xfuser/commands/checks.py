@@ -75,10 +75,10 @@ def class_numbers(names: list[str] | None, labels: Mapping[str, int], count: int
 
 def check_generation(args: argparse.Namespace, parallel: ParallelConfig) -> None:
     """Refuse guidance that the model has not, and more replicas than images (ValueError)."""
-    from xfuser.model_executor.adapters import DECLARATIONS
+    from xfuser.model_executor.adapters import SPECS
 
     spec = MODEL_TYPES[args.model_type]
-    in_calls = DECLARATIONS[spec.transformer_class].guidance == "calls"
+    in_calls = SPECS[spec.transformer_class].guidance == "calls"
     if args.true_cfg_scale is not None and not in_calls:
         raise ValueError(f"--true_cfg_scale does not go with --model_type {args.model_type}; use --guidance_scale")
     if args.true_cfg_scale is not None and args.true_cfg_scale < 1:

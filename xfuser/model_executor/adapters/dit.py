@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+from xfuser.model_executor.adapters.family import Family, ModelType, SmallPipeline, shipped
+from xfuser.model_executor.adapters.spec import BlockGroup, KnownModel, ModelSpec
 
-from xfuser.config import thresholds
-from xfuser.model_executor.adapters.declaration import KnownModel, ModelDeclaration
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiTPipeline
+    from torch import nn
+
+THRESHOLDS = {"Fast": 0.05, "Tea": 0.1, "Fb": 0.08}
+# The model that comes with the package: small and well trained, so that it moves less from step to step.
+TINY = KnownModel(
+    configuration={
+        "num_layers": 12,
+        "num_attention_heads": 4,
+        "attention_head_dim": 24,
+        "sample_size": 8,
+        "patch_size": 1,
+    },
+    thresholds={"Fast": 0.016, "Tea": 0.06, "Fb": 0.05},
+)
 
 
 def modulated_input(block: nn.Module, arguments: Mapping[str, Any]) -> torch.Tensor:
@@ -19,18 +34,62 @@ def modulated_input(block: nn.Module, arguments: Mapping[str, Any]) -> torch.Ten
     )[0]
 
 
-TINY_DIT = KnownModel(thresholds.TINY_DIT_CONFIGURATION, thresholds.TINY_DIT)
+def build_small(seed: int = 0, layers: int = 4) -> DiTPipeline:
+    """A class-conditional DiT of 16 tokens and 16 channels; its images have 4 x 4 pixels of one channel."""
+    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
-DECLARATION = ModelDeclaration(
+    from xfuser.model_executor.adapters.small import seeded
+
+    with seeded(seed):
+        transformer = DiTTransformer2DModel(
+            num_attention_heads=2,
+            attention_head_dim=8,
+            in_channels=4,
+            out_channels=4,
+            num_layers=layers,
+            sample_size=4,
+            patch_size=1,
+            num_embeds_ada_norm=1000,
+        )
+        autoencoder = AutoencoderKL(in_channels=1, out_channels=1, block_out_channels=(8,), norm_num_groups=4)
+    pipeline = DiTPipeline(transformer.eval(), autoencoder.eval(), DDIMScheduler(timestep_spacing="trailing"))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+SPEC = ModelSpec(
     transformer_class="DiTTransformer2DModel",
-    block_lists=("transformer_blocks",),
-    streams=("hidden_states",),
-    returns=("hidden_states",),
+    groups=(BlockGroup("transformer_blocks", self_attention=("attn1",)),),
     conditioning=("class_labels",),
     modulated_input=modulated_input,
-    self_attention=("attn1",),
     per_image=("hidden_states", "timestep", "class_labels"),
     tail_needs=("norm1.emb",),
-    thresholds=thresholds.DIT,
-    known_models=(TINY_DIT,),
+    thresholds=THRESHOLDS,
+    known_models=(TINY,),
+)
+
+FAMILY = Family(
+    title="DiT",
+    spec=SPEC,
+    small={
+        "dit": SmallPipeline(
+            "DiTPipeline",
+            build_small,
+            lambda count: {"class_labels": [7 + index for index in range(count)], "guidance_scale": 1.0},
+            guided=lambda count: {"guidance_scale": 1.5},
+        )
+    },
+    types={
+        "tiny-dit": ModelType(
+            SPEC.transformer_class,
+            ("DiTPipeline",),
+            lambda: shipped("tiny-dit"),
+            "label",
+            1.5,
+            TINY.thresholds,
+            evaluated=True,
+            configuration=TINY.configuration,
+        ),
+        "dit": ModelType(SPEC.transformer_class, ("DiTPipeline",), "facebook/DiT-XL-2-256", "label", 1.5, THRESHOLDS),
+    },
 )

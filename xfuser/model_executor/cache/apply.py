@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import nn
 
 from xfuser.config import CacheConfig
 from xfuser.config.cache import FIRST, base_method
-from xfuser.model_executor.adapters import declaration_of
+from xfuser.model_executor.adapters import denoisers_of, spec_of
 from xfuser.model_executor.cache.adacorrection.trajectory.calibration import is_trajectory
 from xfuser.model_executor.cache.adacorrection.trajectory.engine import TrajectoryEngine, attach_trajectory
 from xfuser.model_executor.cache.adacorrection.trajectory.settings import AUTO, TrajectoryConfig
@@ -20,6 +21,7 @@ from xfuser.model_executor.cache.calibration import Calibration
 from xfuser.model_executor.cache.counting import BaseCounter
 from xfuser.model_executor.cache.engine import CacheEngine
 from xfuser.model_executor.cache.foreign import check_no_other_cache, check_not_compiled_whole
+from xfuser.model_executor.cache.parts import check_model
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +47,7 @@ def apply_cache_on_transformer(transformer: nn.Module, use_cache: str | None = N
         ValueError: A value out of its range, or an engine is attached already. Nothing has been changed then.
     """
     config = CacheConfig.from_keywords(use_cache=use_cache, **settings)
-    return _attach(transformer, config, None)
+    return _attach([transformer], config, None)
 
 
 def apply_cache_on_pipeline(
@@ -68,10 +70,7 @@ def apply_cache_on_pipeline(
         settings.pop("enable_adacorrection", None)
         return attach_trajectory(pipeline, **settings)
     config = CacheConfig.from_keywords(use_cache=use_cache, **settings)
-    transformer = getattr(pipeline, "transformer", None)
-    if transformer is None:
-        raise TypeError(f"{type(pipeline).__name__} has no transformer; caching needs a pipeline with one")
-    return _attach(transformer, config, pipeline)
+    return _attach(denoisers_of(pipeline), config, pipeline)
 
 
 def on_trajectory(use_cache: str | None, settings: dict[str, Any]) -> bool:
@@ -118,9 +117,8 @@ def attach_as_base(pipeline: Any, use_cache: str | None, **settings: Any) -> Tra
     """Attach what `spends_as_base` tells of; arguments and errors as for `apply_cache_on_pipeline`."""
     above = {name: settings.pop(name) for name in (*ONLY_TRAJECTORY, "calibration") if name in settings}
     config = CacheConfig.from_keywords(use_cache=use_cache, **settings)
-    if getattr(pipeline, "transformer", None) is None:
-        raise TypeError(f"{type(pipeline).__name__} has no transformer; base methods need a pipeline with one")
-    check_unattached(pipeline.transformer, getattr(pipeline, "scheduler", None))
+    for denoiser in denoisers_of(pipeline):
+        check_unattached(denoiser, getattr(pipeline, "scheduler", None))
     return attach_trajectory(pipeline, counter=BaseCounter(pipeline, config), **above)
 
 
@@ -128,12 +126,16 @@ def _names_blocks(settings: dict[str, Any]) -> bool:
     return bool(settings.get("enable_adacorrection")) or settings.get("adacorr_mode") is not None
 
 
-def _attach(transformer: Any, config: CacheConfig, pipeline: Any) -> CacheEngine:
+def _attach(transformers: Sequence[Any], config: CacheConfig, pipeline: Any) -> CacheEngine:
     scheduler = getattr(pipeline, "scheduler", None)
-    declaration = declaration_of(transformer)
-    declaration.check_return_order(config.return_hidden_states_first)
-    check_unattached(transformer, scheduler)
-    engine = CacheEngine(transformer, declaration, config, calibration=load_calibration(transformer, config, scheduler))
+    first, *others = transformers
+    spec = spec_of(first)
+    spec.check_return_order(config.return_hidden_states_first)
+    for transformer in transformers:
+        check_unattached(transformer, scheduler)
+    check_model(transformers, spec, config)
+    calibration = load_calibration(first, config, scheduler)
+    engine = CacheEngine(first, spec, config, calibration=calibration, others=others)
     if pipeline is not None:
         engine.follow_pipeline(pipeline)
     return engine
@@ -168,12 +170,12 @@ def replace_cache_on_transformer(transformer: nn.Module, config: CacheConfig) ->
     forward = vars(transformer).get("forward") if isinstance(transformer, nn.Module) else None
     before = getattr(forward, "cache_engine", None)
     if before is None:
-        return _attach(transformer, config, None)
-    declaration_of(transformer).check_return_order(config.return_hidden_states_first)
+        return _attach([transformer], config, None)
+    spec_of(transformer).check_return_order(config.return_hidden_states_first)
     load_calibration(transformer, config, None)
     before.remove()
     logger.warning("the cache %r on this %s is replaced", before.config.use_cache, type(transformer).__name__)
-    return _attach(transformer, config, None)
+    return _attach([transformer], config, None)
 
 
 def check_unattached(transformer: nn.Module, scheduler: Any) -> None:
@@ -199,7 +201,7 @@ def load_calibration(transformer: nn.Module, config: CacheConfig, scheduler: Any
     if config.calibration in (None, FIRST):
         return None
     calibration = Calibration.load(Path(config.calibration))
-    calibration.check(transformer, declaration_of(transformer).blocks(transformer), scheduler)
+    calibration.check(transformer, spec_of(transformer).blocks(transformer), scheduler)
     if config.num_steps is not None:
         calibration.check_steps(config.num_steps)
     return calibration

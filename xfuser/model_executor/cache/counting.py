@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from xfuser.config import CacheConfig
-from xfuser.model_executor.adapters import declaration_of
+from xfuser.model_executor.adapters import denoisers_of, spec_of
 from xfuser.model_executor.cache.engine import CacheEngine, with_threshold
 
 _NOT_THE_BASE_S = ("use_cache", "enable_adacorrection", "adacorr_budget")
@@ -27,16 +27,18 @@ class BaseCounter:
 
     def __init__(self, pipeline: Any, config: CacheConfig) -> None:
         self._pipeline = pipeline
-        self._declaration = declaration_of(pipeline.transformer)
+        denoiser = denoisers_of(pipeline)[0]
+        self._spec = spec_of(denoiser)
         # With the whole budget nothing is skipped, while the base method goes on as if it were obeyed.
         whole = replace(config, enable_adacorrection=True, adacorr_budget=1.0)
-        self._config = with_threshold(whole, self._declaration, pipeline.transformer)
+        self._config = with_threshold(whole, self._spec, denoiser)
         self.name = " ".join([str(config.use_cache), *_differing(self._config)])
         self._engine: CacheEngine | None = None
 
     def attach(self) -> None:
         """Begin to count; nothing is skipped."""
-        self._engine = CacheEngine(self._pipeline.transformer, self._declaration, self._config)
+        first, *others = denoisers_of(self._pipeline)
+        self._engine = CacheEngine(first, self._spec, self._config, others=others)
         self._engine.follow_pipeline(self._pipeline)
 
     @contextmanager

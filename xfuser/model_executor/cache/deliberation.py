@@ -160,6 +160,7 @@ class StepPlanner:
             return replace(plan, segments=tuple(replace(each, evaluate=True, tokens=tokens) for each in plan.segments))
         merge = not self.policy.observes_blocks or self.corrector.whole_steps
         merge = merge and branch.maps is None and not self.corrector.chooses_tokens
+        merge = merge and self.policy.spec.contiguous
         cuts = self.placement.stage.starts()
         plan = with_coefficients(plan, step, branch.memory, self.approximation, self.stack, merge, cuts)
         if tokens is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,110 +11,104 @@ from torch import nn
 from xfuser.config import CacheConfig
 from xfuser.core.attention import AttentionContext
 from xfuser.core.distributed.statistics import SumExchange
-from xfuser.model_executor.adapters import BoundArguments, ModelDeclaration, declaration_of
+from xfuser.model_executor.adapters import ModelSpec, spec_of
 from xfuser.model_executor.cache.adacorrection.trajectory.fingerprint import weights_digest
 from xfuser.model_executor.cache.attach import (
     Replacement,
     check_scheduler_free,
     check_transformer_free,
-    drop_empty_registry,
-    has_registry,
-    named_contexts,
     scheduler_calls,
 )
 from xfuser.model_executor.cache.calibrating import Calibrator
 from xfuser.model_executor.cache.calibration import Calibration, describe_model
-from xfuser.model_executor.cache.compiling import CompilableBlock, check_compiled
+from xfuser.model_executor.cache.compiling import check_compiled
 from xfuser.model_executor.cache.deliberation import StepPlanner
 from xfuser.model_executor.cache.execution import BlockRunner
 from xfuser.model_executor.cache.flops import FlopCount, StepFlops, signature
 from xfuser.model_executor.cache.following import PipelineFollower
-from xfuser.model_executor.cache.foreign import (
-    check_no_other_cache,
-    check_not_compiled_whole,
-    refusing_calls,
-    uncompilable,
-)
+from xfuser.model_executor.cache.foreign import check_no_other_cache, check_not_compiled_whole
+from xfuser.model_executor.cache.parts import Part, check_model, check_one_denoiser
 from xfuser.model_executor.cache.plan import cut
 from xfuser.model_executor.cache.policies import build_policy
 from xfuser.model_executor.cache.staged import StageRunner
-from xfuser.model_executor.cache.state import BlockCall, Branch, CallState
+from xfuser.model_executor.cache.state import Branch, CallState
 from xfuser.model_executor.cache.statistics import Statistics, StepRecord
 from xfuser.model_executor.cache.steps import BranchKey, Call, StepTracker
 from xfuser.model_executor.pipefusion import Placement, Stage
 
 
-def with_threshold(config: CacheConfig, declaration: ModelDeclaration, transformer: nn.Module) -> CacheConfig:
+def with_threshold(config: CacheConfig, spec: ModelSpec, transformer: nn.Module) -> CacheConfig:
     """Take the base method's default threshold for this transformer where the settings name none."""
     if config.rel_l1_thresh is not None:
         return config
-    return replace(config, rel_l1_thresh=declaration.threshold(config.use_cache, transformer))
+    return replace(config, rel_l1_thresh=spec.threshold(config.use_cache, transformer))
 
 
 class CacheEngine:
-    """Attaches a base method, and AdaCorrection if asked for, to a transformer.
+    """Attaches a base method, and AdaCorrection if asked for, to a denoiser, or to all that a pipeline uses in turn.
 
     Made by `apply_cache_on_transformer` and `apply_cache_on_pipeline`. The engine replaces ``forward`` on the
     transformer and on its block instances; weights, hooks and classes stay as they are.
 
     Args:
-        transformer: A diffusers transformer.
-        declaration: How it is cut into blocks.
+        transformer: A diffusers denoiser.
+        spec: How it is cut into blocks.
         config: The settings.
         exchange: Adds up what the ranks that share an image measure; by default there is one process.
         calibration: What is known of the model.
         placement: This process's images, tokens and blocks; by default all.
         attention: Sees the tokens of other ranks; by default there are none.
+        others: Further denoisers of the same pipeline, in the order in which they are used.
+
+    Raises:
+        ValueError: The settings do not go with the model. Nothing has been changed then.
     """
 
     def __init__(
         self,
         transformer: nn.Module,
-        declaration: ModelDeclaration,
+        spec: ModelSpec,
         config: CacheConfig,
         exchange: SumExchange | None = None,
         calibration: Calibration | None = None,
         placement: Placement | None = None,
         attention: AttentionContext | None = None,
+        others: Sequence[nn.Module] = (),
     ) -> None:
         self.exchange = exchange or SumExchange()
         self.paused = False  # calls go through unseen
         self._asked, self._given_placement, self._attention = config, placement, attention
         self._scheduler: Any = None
         self._follower: PipelineFollower | None = None
-        self._build(transformer, declaration, calibration)
-        check_compiled(self.blocks, self._wraps_attention)
+        self._build([transformer, *others], spec, calibration)
+        for part in self.parts:
+            check_compiled(part.blocks, part.runner.tokens is not None)
         self._attach()
 
-    def _build(self, transformer: nn.Module, declaration: ModelDeclaration, calibration: Calibration | None) -> None:
-        """Make everything that belongs to one transformer."""
-        config = with_threshold(self._asked, declaration, transformer)
-        self.transformer, self.declaration, self.config = transformer, declaration, config
-        self.blocks = declaration.blocks(transformer)
-        self.policy = build_policy(config, declaration, len(self.blocks))
+    def _build(self, transformers: Sequence[nn.Module], spec: ModelSpec, calibration: Calibration | None) -> None:
+        """Make everything that belongs to one model."""
+        check_model(transformers, spec, self._asked)
+        transformer = transformers[0]
+        config = with_threshold(self._asked, spec, transformer)
+        self.transformer, self.spec, self.config = transformer, spec, config
+        self.blocks = spec.blocks(transformer)
+        self.policy = build_policy(config, spec, len(self.blocks))
         self.statistics = Statistics(len(self.blocks))
         self.placement = self._given_placement or Placement(Stage.alone(len(self.blocks)))
         self.planner = StepPlanner(config, self.policy, self.exchange, self.statistics, calibration, self.placement)
         self.calibrator = Calibrator(config, len(self.blocks), calibration, self._describe, self._weights)
         kind = BlockRunner if self.placement.stage.is_alone else StageRunner
-        self.runner = kind(
-            config,
-            declaration,
-            self.blocks,
-            self.policy,
-            self.planner,
-            self.calibrator,
-            self.placement,
-            self._attention,
-        )
-        self.runner.reset()
-        self.tracker = StepTracker(config.num_steps, declaration.timestep_direction)
-        self._branches: dict[BranchKey, Branch] = {}
-        self._active: CallState | None = None
+        needs = (self.policy, self.planner, self.calibrator, self.placement, self._attention)
+        self.parts = [Part(self, each, kind(config, spec, each, *needs)) for each in transformers]
+        self.runner = self.parts[0].runner
+        for part in self.parts:
+            part.runner.reset()
+        self.tracker = StepTracker(config.num_steps, spec.timestep_direction)
+        self._branches: dict[tuple[int, BranchKey], Branch] = {}
+        self.active: CallState | None = None
         self._context: str | None = None
         self._num_steps: int | None = config.num_steps
         self._flops: dict[tuple[Any, ...], StepFlops] = {}
-        self._replacements: list[Replacement | CompilableBlock] = []
         self._scheduler_marks: list[Replacement] = []
 
     # -- the public calls ---------------------------------------------------------------------------------------------
@@ -132,7 +126,7 @@ class CacheEngine:
             "calibrated": self.planner.calibration is not None,
             "memory_bytes": sum(branch.bytes() for branch in self._branches.values()),
             "rules_off": self._rules_off(),
-            **self.runner.summary(),
+            **self.runner.summary_of([part.runner for part in self.parts]),
             **self.statistics.summary(),
         }
 
@@ -145,8 +139,10 @@ class CacheEngine:
         """From the next generation on, evaluate everything and keep what a calibration is made from.
 
         Raises:
-            ValueError: Several ranks share the image, and each sees a part of its tokens, branches or blocks only.
+            ValueError: Several ranks share the image, and each sees a part of its tokens, branches or blocks only; or
+                there are several denoisers.
         """
+        check_one_denoiser([part.transformer for part in self.parts])
         if self.exchange.group is not None:
             raise ValueError(
                 "record() sees this rank's part of an image only; calibrate in one process (`xdit calibrate`) and give "
@@ -174,10 +170,11 @@ class CacheEngine:
         """Forget every remembered activation and every statistic. The next call starts a generation."""
         self.calibrator.settle()
         self._branches.clear()
-        self._active = None
+        self.active = None
         self.tracker.reset()
         self.statistics.reset()
-        self.runner.reset()
+        for part in self.parts:
+            part.runner.reset()
 
     def remove(self) -> None:
         """Take the engine off again: every attribute is what it was before. `summary` still tells what happened."""
@@ -228,28 +225,36 @@ class CacheEngine:
         if scheduler is not None:
             self._scheduler_marks = scheduler_calls(scheduler, self._start_afresh, self.tracker.step_ends)
 
-    def move_to(self, transformer: nn.Module) -> None:
-        """Leave the transformer for another one; statistics begin anew.
+    @property
+    def transformers(self) -> list[nn.Module]:
+        """The denoisers that it is attached to, in the order in which they are used."""
+        return [part.transformer for part in self.parts]
+
+    def move_to(self, transformers: Sequence[nn.Module]) -> None:
+        """Leave the denoisers for others; statistics begin anew.
 
         Raises:
-            TypeError: It is not supported.
-            ValueError: It has an engine already, or the calibration was made with another; nothing has changed then.
+            TypeError: One is not supported.
+            ValueError: One has an engine already, or the calibration was made with another; nothing has changed then.
         """
         if self._given_placement is not None:
             raise ValueError(
                 "the transformer was replaced after it was spread over its ranks; remove(), and parallelize() again"
             )
-        declaration = declaration_of(transformer)
-        check_not_compiled_whole(transformer)
-        check_transformer_free(transformer)
-        check_no_other_cache(transformer)
-        declaration.check_return_order(self.config.return_hidden_states_first)
-        check_compiled(declaration.blocks(transformer), self._wraps_attention)
+        spec = spec_of(transformers[0])
+        check_model(transformers, spec, self._asked)
+        spec.check_return_order(self.config.return_hidden_states_first)
         before, scheduler = self.calibrator, self._scheduler
-        before.check(transformer, declaration.blocks(transformer), scheduler)
+        for transformer in transformers:
+            check_not_compiled_whole(transformer)
+            if transformer not in self.transformers:
+                check_transformer_free(transformer)
+            check_no_other_cache(transformer)
+            check_compiled(spec.blocks(transformer), self.runner.tokens is not None)
+            before.check(transformer, spec.blocks(transformer), scheduler)
         calibration = before.forget()
         self._detach()
-        self._build(transformer, declaration, calibration)
+        self._build(transformers, spec, calibration)
         if before.records_all:
             self.record()
         self._attach()
@@ -257,79 +262,49 @@ class CacheEngine:
             self.watch_scheduler(scheduler)
 
     def _attach(self) -> None:
-        self._had_registry = has_registry(self.transformer)
-        self._root_arguments = BoundArguments(self.transformer.forward)
-        self._replacements.append(Replacement(self.transformer, "forward", self._wrap_root))
-        self._replacements += refusing_calls(self.transformer)
-        if hasattr(self.transformer, "cache_context"):
-            wrap = named_contexts(self._note_context)
-            self._replacements.append(Replacement(self.transformer, "cache_context", wrap))
-        for index, block in enumerate(self.blocks):
-            self._replacements.append(CompilableBlock(block, self._block_wrapper(index), self._wraps_attention))
-        self._replacements += self.runner.attach()
-
-    @property
-    def _wraps_attention(self) -> bool:
-        return self.runner.tokens is not None
+        for part in self.parts:
+            part.attach()
 
     def _detach(self) -> None:
         self._flush()
         self._leave_scheduler()
-        while self._replacements:
-            self._replacements.pop().undo()
+        for part in reversed(self.parts):
+            part.detach()
         self._branches.clear()
         self.tracker.reset()
-        if not self._had_registry:
-            drop_empty_registry(self.transformer)
 
     def _leave_scheduler(self) -> None:
         while self._scheduler_marks:
             self._scheduler_marks.pop().undo()
         self._scheduler = None
 
-    def _note_context(self, name: str | None) -> None:
+    def note_context(self, name: str | None) -> None:
+        """Remember what the pipeline calls the branch whose call comes."""
         self._context = name
-
-    def _wrap_root(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return self._run_transformer(original, args, kwargs)
-
-        root = uncompilable(forward)
-        root.cache_engine = self  # type: ignore[attr-defined]
-        return root
-
-    def _block_wrapper(self, index: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                if self._active is None:
-                    return original(*args, **kwargs)
-                streams = self.runner.streams_of(index, args, kwargs)
-                return self.runner.run_block(self._active, BlockCall(index, original, args, kwargs, streams))
-
-            return forward
-
-        return wrap
 
     # -- one call of the transformer ----------------------------------------------------------------------------------
 
-    def _run_transformer(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run_transformer(
+        self, part: Part, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """One call of a denoiser: its own forward, within which its blocks ask what to do."""
         if self._follower is not None:
             self._follower.follow_scheduler()
-        if self.paused or any(self._root_arguments.read(name, args, kwargs) for name in self.declaration.skips_blocks):
+        if self.paused or any(part.read(name, args, kwargs) for name in self.spec.skips_blocks):
             return original(*args, **kwargs)
-        sample = self._root_arguments.read("hidden_states", args, kwargs)
-        timestep = self._root_arguments.read("timestep", args, kwargs)
-        conditioning = [self._root_arguments.read(name, args, kwargs) for name in self.declaration.conditioning]
+        sample = part.read(self.spec.sample, args, kwargs)
+        timestep = part.read(self.spec.timestep, args, kwargs)
+        conditioning = [part.read(name, args, kwargs) for name in self.spec.conditioning]
         call = self.tracker.begin(timestep, sample, self._context, conditioning)
         self._num_steps = call.num_steps
         if call.starts_generation:
             try:
-                self._start_generation(args, kwargs)
+                self._start_generation(part, args, kwargs)
             except ValueError:
                 self._start_afresh()
                 raise
-        active = self._open(call)
-        shapes = signature(args, kwargs)
+        active = self._open(part, call)
+        shapes = (self.parts.index(part), *signature(args, kwargs))
         try:
             if shapes not in self._flops:
                 with FlopCount() as active.counter:
@@ -341,7 +316,8 @@ class CacheEngine:
             self._start_afresh()
             raise
         finally:
-            self._active = None
+            self.active = None
+            part.runner.end()
         self._close(active, self._flops[shapes])
         return output
 
@@ -356,27 +332,36 @@ class CacheEngine:
         self._branches.clear()
         self.tracker.generation_starts()
 
-    def _start_generation(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _start_generation(self, part: Part, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._flush()
         self._branches.clear()
         if self.calibrator.before_generation(self._num_steps):
             self.planner.use(self.calibrator.calibration)
         self.statistics.start_generation()
-        added = any(
-            self._root_arguments.read(name, args, kwargs) is not None for name in self.declaration.between_blocks
-        )
+        added = any(part.read(name, args, kwargs) is not None for name in self.spec.between_blocks)
         corrector = self.planner.corrector
         by_block = corrector.exchanges_per_block or self.policy.observes_blocks or corrector.measures
         by_block = by_block or self.config.stand_in == "linear"
-        one_by_one = added or (by_block and not corrector.whole_steps)
+        one_by_one = added or not self.spec.contiguous or (by_block and not corrector.whole_steps)
         self.planner.spans = cut(len(self.blocks), self.policy.probe_blocks, one_by_one)
 
-    def _open(self, call: Call) -> CallState:
-        if call.branch not in self._branches:
-            self._branches[call.branch] = self.planner.new_branch()
+    def _open(self, part: Part, call: Call) -> CallState:
+        key = (self.parts.index(part), call.branch)
+        if key not in self._branches:
+            self._branches[key] = self._new_branch(part, call)
         record = StepRecord.empty(call.step, len(self.blocks))
-        self._active = CallState(call, self._branches[call.branch], record, block_flops=[0.0] * len(self.blocks))
-        return self._active
+        self.active = CallState(call, self._branches[key], record, block_flops=[0.0] * len(self.blocks))
+        return self.active
+
+    def _new_branch(self, part: Part, call: Call) -> Branch:
+        """Empty memory; what has been spent and learned under another denoiser goes on, its activations go."""
+        branch = self.planner.new_branch()
+        others = [key for key in self._branches if key[1] == call.branch]
+        if others:
+            self._flush()
+        for key in others:
+            branch.corrector_state = self._branches.pop(key).corrector_state
+        return branch
 
     def _close(self, active: CallState, flops: StepFlops) -> None:
         self.statistics.add(active.call.branch, active.record, flops)

@@ -9,7 +9,8 @@ from torch import nn
 
 from xfuser.config import CacheConfig
 from xfuser.core.attention import AttentionContext
-from xfuser.model_executor.adapters import BoundArguments, ModelDeclaration, Streams
+from xfuser.model_executor.adapters import BoundArguments, ModelSpec, Streams
+from xfuser.model_executor.adapters.streams import StreamForm
 from xfuser.model_executor.cache.attach import Replacement
 from xfuser.model_executor.cache.calibrating import Calibrator
 from xfuser.model_executor.cache.deliberation import StepPlanner
@@ -28,19 +29,21 @@ class BlockRunner:
     def __init__(
         self,
         config: CacheConfig,
-        declaration: ModelDeclaration,
-        blocks: Sequence[nn.Module],
+        spec: ModelSpec,
+        transformer: nn.Module,
         policy: Policy,
         planner: StepPlanner,
         calibrator: Calibrator,
         placement: Placement,
         attention: AttentionContext | None,
     ) -> None:
-        self.config, self.declaration, self.blocks, self.policy = config, declaration, blocks, policy
+        self.config, self.spec, self.policy = config, spec, policy
+        self.blocks, self.groups = spec.blocks(transformer), spec.groups_of(transformer)
         self.planner, self.calibrator = planner, calibrator
         self.placement = placement
-        self.tokens = TokenRunner.where_needed(config, declaration, blocks, attention, placement.may_displace)
-        self._arguments = [BoundArguments(block.forward) for block in blocks]
+        self.form = StreamForm()
+        self.tokens = TokenRunner.where_needed(config, spec, transformer, self.form, attention, placement.may_displace)
+        self._arguments = [BoundArguments(block.forward) for block in self.blocks]
 
     def attach(self) -> list[Replacement]:
         """Wrap the attention modules, where attention sees more than the tokens that a block is run on."""
@@ -49,13 +52,25 @@ class BlockRunner:
     def reset(self) -> None:
         """Forget what was counted."""
 
-    def summary(self) -> dict[str, Any]:
-        """What this way to run the blocks has to say."""
+    def summary_of(self, runners: Sequence[BlockRunner]) -> dict[str, Any]:
+        """What this way to run the blocks has to say, for all denoisers of an engine."""
         return {}
 
-    def streams_of(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Streams:
+    def streams_of(self, active: CallState, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Streams:
         """The streams among a block's arguments."""
-        return tuple(self._arguments[index].read(name, args, kwargs) for name in self.declaration.streams)
+        group = self.groups[index]
+        values = [self._arguments[index].read(name, args, kwargs) for name in group.takes]
+        return self.form.read(group, values, active.first_inputs)
+
+    def end(self) -> None:
+        """Let go of what one call of the transformer needed only."""
+        self.form.forget()
+
+    def _packed(self, index: int, streams: Streams) -> Any:
+        return self.form.pack(self.groups[index], streams)
+
+    def _unpacked(self, index: int, output: Any, inputs: Streams) -> Streams:
+        return self.form.unpack(self.groups[index], output, inputs)
 
     def run_block(self, active: CallState, call: BlockCall) -> Any:
         """What a block returns: its own output, or what stands in for it."""
@@ -66,37 +81,37 @@ class BlockRunner:
                 self._plan(active, None)
         segment = None if active.plan is None else active.plan.at(index)
         if segment is not None and not segment.evaluate and index > segment.span.first:
-            return self.declaration.pack(streams)
+            return self._packed(index, streams)
         if self.policy.observes_blocks:
             self.policy.observe(active.branch.policy_state, index, streams[0], active.call.step)
         if segment is not None and index == segment.span.first:
             segment = self.planner.refine(active, segment, streams)
             if segment.tokens is not None and self.tokens is not None and self.tokens.ready(active, index):
-                return self.declaration.pack(self._evaluate_some(active, segment, segment.tokens, call))
+                return self._packed(index, self._evaluate_some(active, segment, segment.tokens, call))
             if not segment.evaluate:
-                return self.declaration.pack(self._predict(active, segment, streams))
+                return self._packed(index, self._predict(active, segment, streams))
         span = self._span_of(index)
         if index == span.first:
             active.span_inputs = streams
         output = self._evaluate(active, call)
         if recorder is not None:
-            recorder.collect(active.call.branch, index, streams, self.declaration.unpack(output, streams))
+            recorder.collect(active.call.branch, index, streams, self._unpacked(index, output, streams))
         if self.planner.corrector.measures:
-            self._measure(active, index, streams, self.declaration.unpack(output, streams))
+            self._measure(active, index, streams, self._unpacked(index, output, streams))
         if index == span.last:
             output = self._finish(active, span, output)
         if index == 0 and self.policy.probe_blocks == 1:
-            self._plan(active, self.declaration.unpack(output, streams))
+            self._plan(active, self._unpacked(index, output, streams))
         return output
 
     def _open(self, active: CallState, call: BlockCall) -> None:
         active.first_inputs = call.streams
         active.first_arguments = self._arguments[0].named(call.args, call.kwargs)
-        active.branch.probe.extent = self.placement.extent(call.streams[0])
+        active.branch.probe.extent = self.placement.extent
         recorder = self.calibrator.recorder
         if recorder is not None:
             before = active.counted()
-            modulated = self.declaration.modulated_input(self.blocks[0], active.first_arguments)
+            modulated = self.spec.modulated_input(self.blocks[0], active.first_arguments)
             recorder.signal(active.call.branch, modulated)
             active.recorder_flops = active.counted() - before
 
@@ -124,7 +139,7 @@ class BlockRunner:
         assert self.tokens is not None
         memory, block, streams = active.branch.memory, segment.span.first, call.streams
         tokens, fresh = self.tokens.evaluate_some(
-            active, tokens, streams, self._arguments[block], call.original, call.args, call.kwargs
+            active, block, tokens, streams, self._arguments[block], call.original, call.args, call.kwargs
         )
         predicted = predict(segment, streams, memory, active.branch.maps)
         active.record.evaluated[block] = tokens.share
@@ -133,11 +148,11 @@ class BlockRunner:
 
     def _finish(self, active: CallState, span: Span, output: Any) -> Any:
         """Let what an evaluated span hands on be corrected, and remember it."""
-        inputs, outputs = active.span_inputs, self.declaration.unpack(output, active.span_inputs)
+        inputs, outputs = active.span_inputs, self._unpacked(span.last, output, active.span_inputs)
         if self.calibrator.recorder is None:
             finished = self.planner.finish(active, span, inputs, outputs)
             if finished is not outputs:
-                outputs, output = finished, self.declaration.pack(finished)
+                outputs, output = finished, self._packed(span.last, finished)
         self._remember(active, span.first, inputs, outputs)
         return output
 
@@ -154,8 +169,12 @@ class BlockRunner:
         self.planner.measure(active, index, inputs, outputs)
         if index == self.policy.probe_blocks:
             active.stack_inputs = inputs
-        if index == len(self.blocks) - 1 and active.stack_inputs and all(active.plan.evaluate):
-            self.planner.measure(active, self.planner.stack_row, active.stack_inputs, outputs)
+        if not active.stack_inputs or not all(active.plan.evaluate):
+            return
+        if outputs[0].shape == active.stack_inputs[0].shape:  # in a UNet, the last such block ends what is measured
+            active.stack_outputs = outputs
+        if index == len(self.blocks) - 1:
+            self.planner.measure(active, self.planner.stack_row, active.stack_inputs, active.stack_outputs)
 
     def _plan(self, active: CallState, probed: Streams | None) -> None:
         """One exchange, and from it the plan of the step."""

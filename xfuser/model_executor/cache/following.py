@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+from xfuser.model_executor.adapters import denoisers_of
 from xfuser.model_executor.cache.adacorrection.trajectory.wrapping import CallWrapper
 
 if TYPE_CHECKING:
@@ -43,10 +44,10 @@ class PipelineFollower:
             TypeError: The transformer that it has now is not supported.
             ValueError: One of them belongs to another engine, or does not fit the calibration.
         """
-        transformer = getattr(self._pipeline, "transformer", None)
-        if transformer is not self._engine.transformer:
-            self._engine.move_to(transformer)
-            logger.info("the cache follows the pipeline's new %s; statistics begin anew", type(transformer).__name__)
+        denoisers, known = denoisers_of(self._pipeline), self._engine.transformers
+        if len(denoisers) != len(known) or any(a is not b for a, b in zip(denoisers, known, strict=True)):
+            self._engine.move_to(denoisers)
+            logger.info("the cache follows the pipeline's new %s; statistics begin anew", type(denoisers[0]).__name__)
         self.follow_scheduler()
 
     def follow_scheduler(self) -> None:

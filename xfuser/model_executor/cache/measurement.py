@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -63,12 +65,12 @@ class Measured:
 class TokenProbe:
     """One branch's samples: those of the step that runs, and the remembered ones of the steps before.
 
-    A row is a block, or the run of all blocks behind the probed ones. ``extent`` says which part of the activations
-    this rank holds; by default all of them.
+    A row is a block, or the run of all blocks behind the probed ones. ``extent`` says where this rank's part of an
+    activation lies in the whole; by default it is the whole.
     """
 
     approximation: Extrapolation
-    extent: Extent | None = None
+    extent: Callable[[torch.Tensor], Extent] = Extent.whole
     _open: list[tuple[int, torch.Tensor, torch.Tensor]] = field(default_factory=list)
     _elsewhere: set[int] = field(default_factory=set)
     _waiting: list[tuple[int, torch.Tensor, torch.Tensor]] = field(default_factory=list)
@@ -90,7 +92,7 @@ class TokenProbe:
 
     def sample(self, stream: torch.Tensor) -> torch.Tensor:
         """This rank's part of the sampled tokens, shape [1, n, D]."""
-        return sample_tokens(stream, self.extent)[None]
+        return sample_tokens(stream, self.extent(stream))[None]
 
     def discard(self) -> None:
         """Forget everything."""
@@ -122,10 +124,24 @@ class TokenProbe:
         rows, inputs, outputs = zip(*self._open, strict=True)
         here = [row not in self._elsewhere for row in rows]
         self.abandon()
-        inputs, outputs = torch.stack(inputs)[:, None], torch.stack(outputs)[:, None]
-        if self._history and self._shape_changed(inputs):
+        if any(self._shape_changed(row, each) for row, each in zip(rows, inputs, strict=True)):
             self._history.clear()
-        parts, notes, lags = [], [], []
+        measured = Measured(torch.zeros(0), list(rows), [], [])
+        parts = []
+        for first, last in _stretches([each.shape for each in inputs]):
+            alike = slice(first, last)
+            stacked = torch.stack(inputs[alike])[:, None], torch.stack(outputs[alike])[:, None]
+            parts += self._close_alike(step, rows[alike], *stacked, measured)
+        measured.sums = torch.cat(parts)
+        if not all(here):
+            measured.sums = measured.sums * measured.sums.new_tensor(here)[:, None]
+        return measured
+
+    def _close_alike(
+        self, step: int, rows: Sequence[int], inputs: torch.Tensor, outputs: torch.Tensor, measured: Measured
+    ) -> list[torch.Tensor]:
+        """The sums of rows whose samples [R, 1, p, D] have one shape; notes and lags are added to ``measured``."""
+        parts = []
         for first, last in self._groups(rows):
             entries = [self._history.get(row, ()) for row in rows[first:last]]
             nodes = tuple(evaluation.step for evaluation, _ in entries[0])
@@ -133,15 +149,12 @@ class TokenProbe:
             pairs = [self.approximation.pair(row, step, nodes) for row in rows[first:last]]
             lower, full = (inputs.new_tensor(each)[..., None, None, None] for each in zip(*pairs, strict=True))
             parts.append(offset_sums(inputs[first:last], outputs[first:last], history, lower, full))
-            notes += [self.approximation.expectation(row, step, nodes) for row in rows[first:last]]
-            lags += [step - nodes[0] if nodes else 0] * (last - first)
+            measured.notes += [self.approximation.expectation(row, step, nodes) for row in rows[first:last]]
+            measured.lags += [step - nodes[0] if nodes else 0] * (last - first)
         evaluation = Evaluation(step, inputs, outputs - inputs)
         for index, row in enumerate(rows):
             self._history.setdefault(row, deque(maxlen=self.approximation.order + 1)).appendleft((evaluation, index))
-        sums = torch.cat(parts)
-        if not all(here):
-            sums = sums * sums.new_tensor(here)[:, None]
-        return Measured(sums, list(rows), notes, lags)
+        return parts
 
     def _sample_waiting(self) -> None:
         for row, inputs, outputs in self._waiting:
@@ -150,18 +163,22 @@ class TokenProbe:
 
     def _sample(self, stream: torch.Tensor) -> torch.Tensor:
         if self._latest is None or self._latest[0] is not stream:
-            self._latest = (stream, sample_tokens(stream, self.extent))
+            self._latest = (stream, sample_tokens(stream, self.extent(stream)))
         return self._latest[1]
 
-    def _shape_changed(self, inputs: torch.Tensor) -> bool:
-        evaluation = next(iter(self._history.values()))[0][0]
-        return evaluation.inputs.shape[1:] != inputs.shape[1:]
+    def _shape_changed(self, row: int, inputs: torch.Tensor) -> bool:
+        known = self.last_inputs(row)
+        return known is not None and known.shape[-2:] != inputs.shape
 
-    def _groups(self, rows: tuple[int, ...]) -> list[tuple[int, int]]:
+    def _groups(self, rows: Sequence[int]) -> list[tuple[int, int]]:
         """Stretches of rows that were last evaluated at the same steps."""
-        nodes = [[evaluation.step for evaluation, _ in self._history.get(row, ())] for row in rows]
-        starts = [0, *(index for index in range(1, len(rows)) if nodes[index] != nodes[index - 1]), len(rows)]
-        return list(zip(starts[:-1], starts[1:], strict=True))
+        return _stretches([[evaluation.step for evaluation, _ in self._history.get(row, ())] for row in rows])
+
+
+def _stretches(values: Sequence[Any]) -> list[tuple[int, int]]:
+    """First and one past the last index of every stretch of equal values."""
+    starts = [0, *(index for index in range(1, len(values)) if values[index] != values[index - 1]), len(values)]
+    return list(zip(starts[:-1], starts[1:], strict=True))
 
 
 def _gather(entries: list[tuple[Evaluation, int]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 
 from xfuser.config import CacheConfig
 from xfuser.core.attention import AttentionContext
 from xfuser.core.shards import View
-from xfuser.model_executor.adapters import BoundArguments, ModelDeclaration, Streams
+from xfuser.model_executor.adapters import BoundArguments, ModelSpec, Streams
+from xfuser.model_executor.adapters.streams import StreamForm, take_places
 from xfuser.model_executor.cache.attach import Replacement
 from xfuser.model_executor.cache.state import CallState
 from xfuser.model_executor.cache.tokens import TokenChoice
@@ -21,24 +21,25 @@ class TokenRunner:
     """Runs blocks within the attention context.
 
     Args:
-        declaration: Of the model.
-        blocks: All its blocks.
+        spec: Of the model.
+        transformer: The model.
+        form: Translates between its blocks and streams.
         attention: The context.
         remembers: Whether to keep keys and values of every evaluation, so that later ones may be of some tokens only.
     """
 
     def __init__(
-        self, declaration: ModelDeclaration, blocks: Sequence[nn.Module], attention: AttentionContext, remembers: bool
+        self, spec: ModelSpec, transformer: nn.Module, form: StreamForm, attention: AttentionContext, remembers: bool
     ) -> None:
-        self.declaration = declaration
-        self.attention, self._remembers = attention, remembers
+        self.attention, self._form, self._remembers = attention, form, remembers
+        self._groups = spec.groups_of(transformer)
         self._modules: list[tuple[str, nn.Module]] = []
         self._numbers: list[range] = []
-        for index, block in enumerate(blocks):
-            found = [(f"block {index}'s {name}", getattr(block, name, None)) for name in declaration.self_attention]
+        for index, (block, group) in enumerate(zip(spec.blocks(transformer), self._groups, strict=True)):
+            found = [(f"block {index}'s {name}", getattr(block, name, None)) for name in group.self_attention]
             found = [(name, module) for name, module in found if module is not None]
             if not found:
-                expected = " or ".join(declaration.self_attention)
+                expected = " or ".join(group.self_attention)
                 raise TypeError(
                     f"block {index} has no attention module {expected}; token reduction, PipeFusion and sequence "
                     "parallelism need one"
@@ -50,8 +51,9 @@ class TokenRunner:
     def where_needed(
         cls,
         config: CacheConfig,
-        declaration: ModelDeclaration,
-        blocks: Sequence[nn.Module],
+        spec: ModelSpec,
+        transformer: nn.Module,
+        form: StreamForm,
         attention: AttentionContext | None,
         displaces: bool,
     ) -> TokenRunner | None:
@@ -59,7 +61,7 @@ class TokenRunner:
         reduces = (bool(config.motion_threshold) and config.mode is None) or config.granularity == "token"
         if attention is None and not reduces and not displaces:
             return None
-        return cls(declaration, blocks, attention or AttentionContext(declaration.text_first), reduces or displaces)
+        return cls(spec, transformer, form, attention or AttentionContext(spec.text_first), reduces or displaces)
 
     def attach(self) -> list[Replacement]:
         return [
@@ -87,6 +89,7 @@ class TokenRunner:
     def evaluate_some(
         self,
         active: CallState,
+        unit: int,
         tokens: TokenChoice,
         streams: Streams,
         arguments: BoundArguments,
@@ -95,28 +98,16 @@ class TokenRunner:
         kwargs: dict[str, Any],
     ) -> tuple[TokenChoice, Streams]:
         """The tokens evaluated, at least the chosen ones, and the outputs of these and of all text."""
-        text = sum(stream.shape[1] for stream in streams[1:])
+        group, lengths = self._groups[unit], [stream.shape[1] for stream in streams]
         new: dict[str, Any] = {}
-        if self.declaration.per_token:
+        if group.per_token:
             tokens = tokens.shared()
-            rows = self._rows(tokens.places[0], text, tokens.tokens)
-            for name in self.declaration.per_token:
-                new[name] = _rows_of(arguments.read(name, args, kwargs), rows)
+            for argument in group.per_token:
+                value = arguments.read(argument.name, args, kwargs)
+                new[argument.name] = take_places(argument, value, tokens.places[0], lengths)
         chosen = (tokens.take(streams[0]), *streams[1:])
-        new |= dict(zip(self.declaration.streams, chosen, strict=True))
+        new |= self._form.write(group, chosen)
         args, kwargs = arguments.replaced(args, kwargs, new)
         with self.attention.block(active.branch.keys, tokens.places):
             output = original(*args, **kwargs)
-        return tokens, self.declaration.unpack(output, chosen)
-
-    def _rows(self, places: torch.Tensor, text: int, image: int) -> torch.Tensor:
-        """Places of text and chosen image tokens in the order of joint attention."""
-        if self.declaration.text_first:
-            return torch.cat([torch.arange(text, device=places.device), places + text])
-        return torch.cat([places, torch.arange(image, image + text, device=places.device)])
-
-
-def _rows_of(value: Any, rows: torch.Tensor) -> Any:
-    if isinstance(value, tuple):
-        return tuple(_rows_of(each, rows) for each in value)
-    return value if value is None else value[rows]
+        return tokens, self._form.unpack(group, output, chosen)

@@ -107,7 +107,10 @@ class Recorder:
 
     def _add(self, record: BranchRecord) -> None:
         rows = [(block, block) for block in range(self.blocks)]
-        rows += [(min(first, self.blocks - 1), self.blocks - 1) for first in range(RUNS)]
+        rows += [
+            (first, _end_of_run(record.steps[0], first))
+            for first in (min(each, self.blocks - 1) for each in range(RUNS))
+        ]
         grams, squares = [], []
         for first, last in rows:
             residuals = torch.stack([(step[last][0][1] - step[first][0][0]).flatten() for step in record.steps])
@@ -145,6 +148,12 @@ class Recorder:
             )
             known = self._normal.get((block, stream))
             self._normal[block, stream] = sums if known is None else (known[0] + sums[0], known[1] + sums[1])
+
+
+def _end_of_run(step: dict[int, list[tuple[torch.Tensor, torch.Tensor]]], first: int) -> int:
+    """The last block whose output has the shape of this one's input: the last of all, but for some UNets."""
+    shape = step[first][0][0].shape
+    return max(block for block, streams in step.items() if block >= first and streams[0][1].shape == shape)
 
 
 def _relative_l1(current: torch.Tensor, previous: torch.Tensor | None) -> float | None:

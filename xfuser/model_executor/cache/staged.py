@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from xfuser.core.shards import Streams, View, join, narrow_batch, views
+from xfuser.model_executor.adapters.streams import take_spans
 from xfuser.model_executor.cache.execution import BlockRunner
 from xfuser.model_executor.cache.plan import Plan, Segment, Span
 from xfuser.model_executor.cache.standins import predict
@@ -34,16 +35,18 @@ class StageRunner(BlockRunner):
         self.synchronous = self.displaced = self.oldest = 0
         self.steps_by_lag: defaultdict[int, int] = defaultdict(int)
 
-    def summary(self) -> dict[str, Any]:
+    def summary_of(self, runners: Sequence[BlockRunner]) -> dict[str, Any]:
         stages, patches = len(self.placement.stage.stages), self.placement.patches
+        staged = [each for each in runners if isinstance(each, StageRunner)]
+        lags: Counter[int] = sum((Counter(each.steps_by_lag) for each in staged), Counter())
         return {
             "pipefusion": {
                 "stages": [[each.start, each.stop] for each in self.placement.stage.stages],
                 "patches": patches,
                 "max_lag": self.placement.max_lag,
-                "synchronous_steps": self.synchronous,
-                "displaced_steps": self.displaced,
-                "displaced_steps_by_lag": dict(sorted(self.steps_by_lag.items())),
+                "synchronous_steps": sum(each.synchronous for each in staged),
+                "displaced_steps": sum(each.displaced for each in staged),
+                "displaced_steps_by_lag": dict(sorted(lags.items())),
                 "ideal_efficiency": patches / (patches + stages - 1),
             }
         }
@@ -57,8 +60,8 @@ class StageRunner(BlockRunner):
             active.stack_inputs = probed or call.streams
         active.calls.append(call)
         if call.index < len(self.blocks) - 1:
-            return self.declaration.pack(call.streams)
-        return self.declaration.pack(self._run_stage(active, call))
+            return self._packed(call.index, call.streams)
+        return self._packed(call.index, self._run_stage(active, call))
 
     def _probe(self, active: CallState, call: BlockCall) -> Streams:
         """Block 0 on all tokens, on the first stage; its outputs on all of them."""
@@ -150,19 +153,19 @@ class StageRunner(BlockRunner):
         before = active.counted()
         named = self._arguments[call.index].named(call.args, call.kwargs)
         batch, lengths = call.streams[0].shape[0], [stream.shape[1] for stream in call.streams]
-        for name, value in named.items():
-            if name in self.declaration.per_token:
-                if not view.takes_all_tokens:
-                    spans = [view.span(length) for length in lengths]
-                    named[name] = self.declaration.take_tokens(value, spans, lengths)
-        named = narrow_batch(named, self.declaration.per_image, batch, view.rows)
-        named |= dict(zip(self.declaration.streams, streams, strict=True))
+        group = self.groups[call.index]
+        if not view.takes_all_tokens:
+            spans = [view.span(length) for length in lengths]
+            for argument in group.per_token:
+                named[argument.name] = take_spans(argument, named.get(argument.name), spans, lengths)
+        named = narrow_batch(named, self.spec.per_image, batch, view.rows)
+        named |= self.form.write(group, streams)
         if self.tokens is None:
             output = call.original(**named)
         else:
             output = self.tokens.evaluate_view(active, call.original, named, view, batch)
         active.block_flops[call.index] += active.counted() - before
-        return self.declaration.unpack(output, streams)
+        return self._unpacked(call.index, output, streams)
 
     # -- keeping what was evaluated -----------------------------------------------------------------------------------
 

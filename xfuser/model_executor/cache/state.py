@@ -88,6 +88,7 @@ class CallState:
     first_inputs: Streams = ()
     span_inputs: Streams = ()
     stack_inputs: Streams = ()
+    stack_outputs: Streams = ()
     plan: Plan | None = None
     calls: list[BlockCall] = field(default_factory=list)
     counter: FlopCount | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from xfuser.core.distributed.mesh import ParallelMesh
-from xfuser.model_executor.adapters import declaration_of
+from xfuser.model_executor.adapters import denoisers_of, spec_of
 from xfuser.model_executor.cache.apply import attach_as_base, check_unattached
 from xfuser.model_executor.parallel.compiled import compile_blocks
 
@@ -29,8 +29,10 @@ class AlonePipeline:
 
     def __init__(self, pipeline: Any, mesh: ParallelMesh, use_torch_compile: bool = False, **settings: Any) -> None:
         self.pipeline, self.mesh = pipeline, mesh
-        blocks = declaration_of(pipeline.transformer).blocks(pipeline.transformer)
-        check_unattached(pipeline.transformer, pipeline.scheduler)
+        denoisers = denoisers_of(pipeline)
+        blocks = [block for each in denoisers for block in spec_of(each).blocks(each)]
+        for each in denoisers:
+            check_unattached(each, pipeline.scheduler)
         self._inner = compile_blocks(blocks) if use_torch_compile else []
         try:
             self.trajectory = attach_as_base(pipeline, **settings)
@@ -59,7 +61,7 @@ class AlonePipeline:
 
     def parameter_bytes(self) -> int:
         """What this process holds of the transformer's weights."""
-        parameters = self.pipeline.transformer.parameters()
+        parameters = (parameter for each in denoisers_of(self.pipeline) for parameter in each.parameters())
         return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 
     def remove(self) -> None:

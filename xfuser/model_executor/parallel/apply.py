@@ -18,13 +18,14 @@ from xfuser.core.distributed.clock import Clock
 from xfuser.core.distributed.environment import join_processes, waiter
 from xfuser.core.distributed.mesh import ParallelMesh
 from xfuser.core.distributed.statistics import SumExchange
-from xfuser.model_executor.adapters import BoundArguments, ModelDeclaration, declaration_of
+from xfuser.model_executor.adapters import BoundArguments, ModelSpec, denoisers_of, spec_of
 from xfuser.model_executor.cache.adacorrection.trajectory import TrajectoryEngine, attach_trajectory
 from xfuser.model_executor.cache.adacorrection.trajectory.branches import sample_of, with_sample
 from xfuser.model_executor.cache.adacorrection.trajectory.wrapping import CallWrapper
 from xfuser.model_executor.cache.apply import check_unattached, load_calibration, on_trajectory, spends_as_base
 from xfuser.model_executor.cache.attach import Replacement
 from xfuser.model_executor.cache.engine import CacheEngine
+from xfuser.model_executor.cache.parts import check_model
 from xfuser.model_executor.parallel.autoencoder import ParallelDecoder, check_decoder
 from xfuser.model_executor.parallel.compiled import compile_blocks
 from xfuser.model_executor.parallel.guidance import BatchedBranches, BranchCalls, SchedulerMarks
@@ -64,16 +65,15 @@ class ParallelPipeline:
         self.transformer_seconds = 0.0
         try:
             # A file may be missing on one host only, or a package: none goes on where one cannot.
-            declaration = self.agreement.attempt(lambda: self._attach(config, use_torch_compile, trajectory))
+            spec = self.agreement.attempt(lambda: self._attach(config, use_torch_compile, trajectory))
         except BaseException:
             self.remove()
             raise
         if not self.placement.stage.is_alone:
-            drop_other_blocks(declaration.blocks(pipeline.transformer), self.placement.stage, declaration.tail_needs)
+            for denoiser in self._denoisers:
+                drop_other_blocks(spec.blocks(denoiser), self.placement.stage, spec.tail_needs)
 
-    def _attach(
-        self, config: CacheConfig, use_torch_compile: bool, trajectory: dict[str, Any] | None
-    ) -> ModelDeclaration:
+    def _attach(self, config: CacheConfig, use_torch_compile: bool, trajectory: dict[str, Any] | None) -> ModelSpec:
         """Check everything, then put on everything that `remove` takes off again."""
         pipeline, mesh = self.pipeline, self.mesh
         device = getattr(pipeline, "_execution_device", pipeline.device)  # an offloaded pipeline rests on another
@@ -81,35 +81,39 @@ class ParallelPipeline:
             raise ValueError(
                 f"the pipeline is on {device}, this process computes on {mesh.device}; call .to(device) first"
             )
-        transformer = pipeline.transformer
-        declaration = declaration_of(transformer)
-        blocks = declaration.blocks(transformer)
-        mesh.config.check_model(declaration.heads(transformer), len(blocks))
-        declaration.check_return_order(config.return_hidden_states_first)
-        check_unattached(transformer, pipeline.scheduler)
+        self._denoisers = denoisers_of(pipeline)
+        first, *others = self._denoisers
+        spec = spec_of(first)
+        blocks = spec.blocks(first)
+        check_family(spec, mesh.config)
+        mesh.config.check_model(spec.heads(first), len(blocks))
+        spec.check_return_order(config.return_hidden_states_first)
+        for denoiser in self._denoisers:
+            check_unattached(denoiser, pipeline.scheduler)
+        check_model(self._denoisers, spec, config)
         check_combination(config, mesh.config)
         if mesh.config.use_parallel_vae:
             check_decoder(pipeline.vae)
-        calibration = load_calibration(transformer, config, pipeline.scheduler)
-        self.placement = _placement(mesh, declaration, len(blocks), config, self.clock)
+        calibration = load_calibration(first, config, pipeline.scheduler)
+        self.placement = _placement(mesh, spec, len(blocks), config, self.clock)
         self.exchange = SumExchange(
             mesh.control if mesh.shares_image else None, mesh.config.verify_agreement, self.clock
         )
-        attention = self._attention(declaration)
+        attention = self._attention(spec)
         if use_torch_compile:
-            self._inner = compile_blocks(blocks)
-        self.engine = CacheEngine(
-            transformer, declaration, config, self.exchange, calibration, self.placement, attention
-        )
-        self._attach_blocks(declaration, blocks, attention)
+            self._inner = compile_blocks([block for each in self._denoisers for block in spec.blocks(each)])
+        self.engine = CacheEngine(first, spec, config, self.exchange, calibration, self.placement, attention, others)
+        for denoiser in self._denoisers:
+            self._attach_blocks(spec, denoiser, attention)
         self.engine.watch_scheduler(pipeline.scheduler)
-        self._attach_root(transformer, declaration)
+        for denoiser in self._denoisers:
+            self._attach_root(denoiser, spec)
         if mesh.config.use_parallel_vae:
             self._layers.append(ParallelDecoder(pipeline.vae, mesh.image))
         if trajectory is not None:
             self._attach_trajectory(trajectory)
         self._call = CallWrapper(pipeline, self._run_pipeline)
-        return declaration
+        return spec
 
     def _run_pipeline(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._follow()
@@ -121,8 +125,9 @@ class ParallelPipeline:
         Raises:
             ValueError: It belongs to another engine, or the transformer was replaced. Nothing has been changed then.
         """
-        if self.pipeline.transformer is not self.engine.transformer:
-            self.engine.move_to(self.pipeline.transformer)
+        denoisers = denoisers_of(self.pipeline)
+        if [*map(id, denoisers)] != [*map(id, self._denoisers)]:
+            self.engine.move_to(denoisers)
         if self.pipeline.scheduler is self.engine.scheduler:
             return
         self.engine.check_scheduler(self.pipeline.scheduler)
@@ -183,7 +188,7 @@ class ParallelPipeline:
 
     def parameter_bytes(self) -> int:
         """What this rank holds of the transformer's weights."""
-        parameters = self.pipeline.transformer.parameters()
+        parameters = (parameter for denoiser in self._denoisers for parameter in denoiser.parameters())
         return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 
     def reset(self) -> None:
@@ -210,35 +215,31 @@ class ParallelPipeline:
 
     # -- attaching ----------------------------------------------------------------------------------------------------
 
-    def _attention(self, declaration: ModelDeclaration) -> AttentionContext | None:
+    def _attention(self, spec: ModelSpec) -> AttentionContext | None:
         if self.mesh.config.sequence_degree == 1:
-            return AttentionContext(declaration.text_first) if self.placement.may_displace else None
+            return AttentionContext(spec.text_first) if self.placement.may_displace else None
         # yunchang takes seconds to import, and only this needs it.
         from xfuser.core.attention.sequence import SequenceAttention
 
-        return AttentionContext(declaration.text_first, SequenceAttention(self.mesh, self.clock))
+        return AttentionContext(spec.text_first, SequenceAttention(self.mesh, self.clock))
 
-    def _attach_blocks(
-        self, declaration: ModelDeclaration, blocks: list[nn.Module], attention: AttentionContext | None
-    ) -> None:
+    def _attach_blocks(self, spec: ModelSpec, transformer: nn.Module, attention: AttentionContext | None) -> None:
         config, mesh = self.mesh.config, self.mesh
         if attention is None:
             return
-        shards = SequenceShards(
-            config, declaration, self.placement, attention, mesh.sequence, mesh.sequence_rank, self.clock
-        )
-        self._layers += shards.attach(blocks)
+        shards = SequenceShards(config, spec, self.placement, attention, mesh.sequence, mesh.sequence_rank, self.clock)
+        self._layers += shards.attach(transformer)
 
-    def _attach_root(self, transformer: nn.Module, declaration: ModelDeclaration) -> None:
-        refused = (*declaration.between_blocks, *declaration.skips_blocks)
+    def _attach_root(self, transformer: nn.Module, spec: ModelSpec) -> None:
+        refused = (*spec.between_blocks, *spec.skips_blocks)
         if self.mesh.config.image_degree > 1 and refused:
             self._layers.append(Replacement(transformer, "forward", _refusing(refused)))
         if not self.placement.stage.is_alone:
             self._layers.append(Replacement(transformer, "forward", self._tell_output))
         if self.mesh.config.use_cfg_parallel:
-            kind = BatchedBranches if declaration.guidance == "batch" else BranchCalls
+            kind = BatchedBranches if spec.guidance == "batch" else BranchCalls
             branches = kind(self.mesh.group("cfg"), self.mesh.rank("cfg"), self.clock)
-            self._layers += branches.attach(self.pipeline)
+            self._layers += branches.attach(self.pipeline, transformer)
         if not self.placement.stage.is_alone:
             self._layers.append(Replacement(transformer, "forward", self._take_time))
 
@@ -297,22 +298,19 @@ def parallelize(
     above = on_trajectory(use_cache, settings)
     trajectory = {name: value for name, value in settings.items() if name != "enable_adacorrection"} if above else None
     config = CacheConfig() if above else CacheConfig.from_keywords(use_cache=use_cache, **settings)
-    if getattr(pipeline, "transformer", None) is None:
-        raise TypeError(f"{type(pipeline).__name__} has no transformer; parallel inference needs a pipeline with one")
+    denoisers_of(pipeline)
     if isinstance(mesh, ParallelConfig):
         join_processes(pipeline.device)
         mesh = ParallelMesh(mesh, pipeline.device)
     return ParallelPipeline(pipeline, mesh, config, timed, use_torch_compile, trajectory)
 
 
-def _placement(
-    mesh: ParallelMesh, declaration: ModelDeclaration, blocks: int, config: CacheConfig, clock: Clock
-) -> Placement:
+def _placement(mesh: ParallelMesh, spec: ModelSpec, blocks: int, config: CacheConfig, clock: Clock) -> Placement:
     limit = mesh.config.pipefusion_max_lag
     if limit is None:
         limit = 1 if config.use_cache is None else 0
     # Branches that come in calls of their own are remembered apart, in one process as well.
-    group = mesh.peers if declaration.guidance == "batch" else mesh.sequence
+    group = mesh.peers if spec.guidance == "batch" else mesh.sequence
     peers = 1 if group is None else dist.get_world_size(group)
     reduce: Callable[[torch.Tensor], None] | None = None
     if peers > 1:
@@ -330,6 +328,20 @@ def _placement(
         peers=peers,
         reduce=reduce,
     )
+
+
+def check_family(spec: ModelSpec, parallel: ParallelConfig) -> None:
+    """Refuse degrees that a family's blocks do not allow (ValueError)."""
+    if parallel.pipefusion_parallel_degree > 1 and not spec.contiguous:
+        raise ValueError(
+            f"--pipefusion_parallel_degree: blocks of {spec.transformer_class} also take what others than the one "
+            "before gave, which a stage has not; use 1, and --use_cfg_parallel or another degree instead"
+        )
+    if parallel.sequence_degree > 1 and not spec.same_tokens:
+        raise ValueError(
+            f"--ulysses_degree and --ring_degree share tokens, and those of {spec.transformer_class} are others in "
+            "every block; use 1, and --use_cfg_parallel or --data_parallel_degree instead"
+        )
 
 
 def check_combination(config: CacheConfig, parallel: ParallelConfig) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from xfuser.core.distributed.clock import Clock
 from xfuser.core.shards import narrow_batch, part
-from xfuser.model_executor.adapters import BoundArguments, declaration_of
+from xfuser.model_executor.adapters import BoundArguments, spec_of
 from xfuser.model_executor.cache.adacorrection.trajectory.branches import sample_of, with_sample
 from xfuser.model_executor.cache.attach import Replacement, named_contexts, scheduler_calls
 
@@ -24,25 +25,24 @@ class BatchedBranches:
 
     def __init__(self, group: dist.ProcessGroup | None, index: int, clock: Clock) -> None:
         self._group, self._index, self._clock = group, index, clock
-        self._per_image: tuple[str, ...] = ()
 
-    def attach(self, pipeline: Any) -> list[Replacement]:
-        """Wrap the transformer; every call is complete in itself."""
-        self._per_image = declaration_of(pipeline.transformer).per_image
-        return [Replacement(pipeline.transformer, "forward", self._wrap)]
+    def attach(self, pipeline: Any, transformer: nn.Module) -> list[Replacement]:
+        """Wrap a denoiser; every call is complete in itself."""
+        self._spec = spec_of(transformer)
+        return [Replacement(transformer, "forward", self._wrap)]
 
     def _wrap(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        arguments = BoundArguments(original)
+        arguments, spec = BoundArguments(original), self._spec
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             named = arguments.named(args, kwargs)
-            batch = named["hidden_states"].shape[0]
+            batch = named[spec.sample].shape[0]
             if batch % BRANCHES:
                 raise ValueError(
                     f"--use_cfg_parallel: the transformer was called with a batch of {batch}, which holds no two "
                     "branches; use guidance (--guidance_scale above 1), or leave --use_cfg_parallel out"
                 )
-            output = original(**narrow_batch(named, self._per_image, batch, part(batch, BRANCHES, self._index)))
+            output = original(**narrow_batch(named, spec.per_image, batch, part(batch, BRANCHES, self._index)))
             ours = sample_of(output).contiguous()
             halves = [torch.empty_like(ours) for _ in range(BRANCHES)]
             with self._clock("waiting"):
@@ -104,9 +104,9 @@ class BranchCalls:
         self._context: str | None = None
         self._enter: Callable[[str], Any] | None = None
 
-    def attach(self, pipeline: Any) -> list[Replacement | SchedulerMarks]:
-        """Wrap the transformer, and have the scheduler tell where steps and generations end."""
-        transformer = pipeline.transformer
+    def attach(self, pipeline: Any, transformer: nn.Module) -> list[Replacement | SchedulerMarks]:
+        """Wrap a denoiser, and have the scheduler tell where steps and generations end."""
+        self._sample = spec_of(transformer).sample
         marks = SchedulerMarks(pipeline, self._calls.clear, self._check_step)
         layers: list[Replacement | SchedulerMarks] = [marks, Replacement(transformer, "forward", self._wrap)]
         if hasattr(transformer, "cache_context"):
@@ -124,7 +124,7 @@ class BranchCalls:
             named = arguments.named(args, kwargs)
             if named.get("return_dict", True):
                 raise ValueError("--use_cfg_parallel: call the transformer with return_dict=False")
-            sample = torch.empty_like(named["hidden_states"])
+            sample = torch.empty_like(named[self._sample])
             self._calls.append(_Call(_kept(named), self._context, sample))
             if len(self._calls) == BRANCHES:
                 calls = self._calls[:]

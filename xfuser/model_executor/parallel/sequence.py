@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ from torch.nn.functional import pad
 from xfuser.config import ParallelConfig
 from xfuser.core.attention import AttentionContext
 from xfuser.core.distributed.clock import Clock
-from xfuser.core.shards import Layout, part
-from xfuser.model_executor.adapters import BoundArguments, ModelDeclaration
+from xfuser.core.shards import Layout, Streams, part
+from xfuser.model_executor.adapters import BlockGroup, BoundArguments, ModelSpec, TokenArgument
+from xfuser.model_executor.adapters.streams import StreamForm, take_spans
 from xfuser.model_executor.cache.attach import Replacement
 from xfuser.model_executor.pipefusion import Placement
 
@@ -29,45 +30,49 @@ class SequenceShards:
     def __init__(
         self,
         config: ParallelConfig,
-        declaration: ModelDeclaration,
+        spec: ModelSpec,
         placement: Placement,
         attention: AttentionContext,
         group: dist.ProcessGroup | None,
         index: int,
         clock: Clock,
     ) -> None:
-        self.config, self.declaration, self.placement, self.attention = config, declaration, placement, attention
+        self.config, self.spec, self.placement, self.attention = config, spec, placement, attention
         self._group, self._parts, self._index, self._clock = group, config.sequence_degree, index, clock
+        self._form = StreamForm()
         self._cut: dict[str, tuple[Any, Any]] = {}
-        self._whole: torch.Tensor | None = None
+        self._whole: Streams | None = None
 
-    def attach(self, blocks: Sequence[nn.Module]) -> list[Replacement]:
+    def attach(self, transformer: nn.Module) -> list[Replacement]:
         """Wrap the blocks, outside of what has wrapped them already."""
+        blocks, groups = self.spec.blocks(transformer), self.spec.groups_of(transformer)
         return [
-            Replacement(block, "forward", self._wrapper(index, index == len(blocks) - 1))
-            for index, block in enumerate(blocks)
+            Replacement(block, "forward", self._wrapper(group, index == 0, index == len(blocks) - 1))
+            for index, (block, group) in enumerate(zip(blocks, groups, strict=True))
         ]
 
-    def _wrapper(self, index: int, is_last: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def _wrapper(
+        self, group: BlockGroup, is_first: bool, is_last: bool
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
             arguments = BoundArguments(original)
 
             def forward(*args: Any, **kwargs: Any) -> Any:
                 named = arguments.named(args, kwargs)
-                if index == 0:
-                    self._cut_streams(named)
-                for name in self.declaration.per_token:
-                    if named.get(name) is not None:
-                        named[name] = self._cut_argument(name, named[name])
+                if is_first:
+                    self._cut_streams(group, named)
+                for argument in group.per_token:
+                    if named.get(argument.name) is not None and not argument.is_made_of_tokens:
+                        named[argument.name] = self._cut_argument(argument, named[argument.name])
                 output = original(**named)
-                return self._joined(output) if is_last else output
+                return self._joined(group, output) if is_last else output
 
             return forward
 
         return wrap
 
-    def _cut_streams(self, named: dict[str, Any]) -> None:
-        streams = tuple(named[name] for name in self.declaration.streams)
+    def _cut_streams(self, group: BlockGroup, named: dict[str, Any]) -> None:
+        streams = tuple(named[name] for name in group.takes)
         lengths = tuple(stream.shape[1] for stream in streams)
         self.config.check_tokens(lengths[0])
         if min(lengths) < self._parts:
@@ -76,25 +81,29 @@ class SequenceShards:
                 f"has only {min(lengths)} tokens"
             )
         layout = self.placement.layout = self.attention.layout = Layout(lengths, self._parts, self._index)
-        self._whole, self._cut = streams[0], {}
-        named |= dict(zip(self.declaration.streams, layout.take(streams), strict=True))
+        self._whole, self._cut = streams, {}
+        named |= dict(zip(group.takes, layout.take(streams), strict=True))
 
-    def _cut_argument(self, name: str, value: Any) -> Any:
-        layout = self.placement.layout
+    def _cut_argument(self, argument: TokenArgument, value: Any) -> Any:
+        layout, name = self.placement.layout, argument.name
         assert layout is not None
         if name not in self._cut or self._cut[name][0] is not value:
             spans = [layout.span(stream) for stream in range(len(layout.lengths))]
-            self._cut[name] = (value, self.declaration.take_tokens(value, spans, layout.lengths))
+            self._cut[name] = (value, take_spans(argument, value, spans, layout.lengths))
         return self._cut[name][1]
 
-    def _joined(self, output: Any) -> Any:
+    def _joined(self, group: BlockGroup, output: Any) -> Any:
         """The last block's output with all image tokens; a stage that is not the last one has none to join."""
         whole, self._whole = self._whole, None
-        assert whole is not None
-        streams = self.declaration.unpack(output, (whole,) * len(self.declaration.streams))
+        layout = self.placement.layout
+        assert whole is not None and layout is not None
+        streams = self._form.unpack(group, output, layout.take(whole) if group.joins else whole)
+        image = whole[0]
         if self.placement.stage.is_last:
-            whole = self._gather(streams[0]) if self._parts > 1 else streams[0]
-        return self.declaration.pack((whole, *streams[1:]))
+            image = self._gather(streams[0]) if self._parts > 1 else streams[0]
+        joined = self._form.pack(group, (image, *streams[1:]))
+        self._form.forget()
+        return joined
 
     def _gather(self, local: torch.Tensor) -> torch.Tensor:
         layout = self.placement.layout

@@ -12,8 +12,8 @@ from diffusers import DiffusionPipeline
 from packaging import version
 
 from xfuser.config.spelling import not_known
+from xfuser.model_executor.adapters.small import SIZE
 from xfuser.model_executor.pipelines.model_types import MODEL_TYPES, ModelType, shipped_tiny_dit
-from xfuser.model_executor.pipelines.toy_parts import SIZE
 
 __all__ = ["DTYPE", "MODEL_TYPES", "TOY", "LoadedPipeline", "ModelType", "load_pipeline", "shipped_tiny_dit"]
 

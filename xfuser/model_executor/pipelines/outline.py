@@ -9,9 +9,9 @@ from typing import Any
 from diffusers import AutoencoderKL
 
 from xfuser.config import ParallelConfig
-from xfuser.model_executor.adapters import DECLARATIONS
+from xfuser.model_executor.adapters import SPECS
+from xfuser.model_executor.adapters.small import SIZE
 from xfuser.model_executor.pipelines.loading import MODEL_TYPES, TOY, source_of, unloadable
-from xfuser.model_executor.pipelines.toy_parts import SIZE
 
 
 @dataclass(frozen=True)
@@ -66,16 +66,16 @@ def outline(model_type: str, model: str | None = None, height: int | None = None
                 f"{spec.transformer_class}"
             )
     shrink = 2 ** (len(autoencoder["block_out_channels"]) - 1)
-    declaration = DECLARATIONS[spec.transformer_class]
+    spec = SPECS[spec.transformer_class]
     side = transformer.get("sample_size") or 128
     rows = (height or size or side * shrink) // shrink
     columns = (width or size or side * shrink) // shrink
     if spec.conditioned_on == "label":
         rows = columns = side
-    patch = transformer.get("patch_size", 1) * declaration.packs
+    patch = transformer.get("patch_size", 1) * spec.packs
     return Outline(
         transformer["num_attention_heads"],
-        sum(transformer.get(name) or 0 for name in declaration.layer_counts),
+        sum(transformer.get(name) or 0 for name in spec.layer_counts),
         rows,
         (rows // patch) * (columns // patch),
         shrink * patch,

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from xfuser.config import CacheConfig
-from xfuser.model_executor.adapters import declaration_of
+from xfuser.model_executor.adapters import spec_of
 from xfuser.model_executor.cache.apply import replace_cache_on_transformer
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def apply_for(transformer_class: str) -> Callable[..., nn.Module]:
     """
 
     def apply(transformer: nn.Module, use_cache: str | None = "Fb", **settings: Any) -> nn.Module:
-        found = declaration_of(transformer).transformer_class
+        found = spec_of(transformer).transformer_class
         if found != transformer_class:
             logger.warning("imported from the path of %s, and attached to a %s", transformer_class, found)
         return apply_cache_on_transformer(transformer, use_cache, **settings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from xfuser.config import CacheConfig
-from xfuser.model_executor.adapters import ModelDeclaration
+from xfuser.model_executor.adapters import ModelSpec
 from xfuser.model_executor.cache.calibration import Calibration
 from xfuser.model_executor.cache.policies.base import Policy
 from xfuser.model_executor.cache.policies.fast import FastPolicy
@@ -23,9 +23,7 @@ POLICIES: dict[str | None, type[Policy]] = {
 __all__ = ["POLICIES", "Policy", "build_policy"]
 
 
-def build_policy(
-    config: CacheConfig, declaration: ModelDeclaration, blocks: int, calibration: Calibration | None = None
-) -> Policy:
+def build_policy(config: CacheConfig, spec: ModelSpec, blocks: int, calibration: Calibration | None = None) -> Policy:
     """The policy that the settings name.
 
     Raises:
@@ -34,4 +32,4 @@ def build_policy(
     if config.use_cache not in POLICIES:
         known = ", ".join(repr(name) for name in POLICIES)
         raise ValueError(f"use_cache={config.use_cache!r} is not known; choose one of {known}")
-    return POLICIES[config.use_cache](config, declaration, blocks, calibration)
+    return POLICIES[config.use_cache](config, spec, blocks, calibration)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from xfuser.config import CacheConfig
-from xfuser.model_executor.adapters import ModelDeclaration, Streams
+from xfuser.model_executor.adapters import ModelSpec, Streams
 from xfuser.model_executor.cache.calibration import Calibration
 from xfuser.model_executor.cache.steps import Call
 from xfuser.model_executor.cache.tokens import TokenChoice
@@ -32,9 +32,9 @@ class Policy:
     needs_num_steps: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
-        self, config: CacheConfig, declaration: ModelDeclaration, blocks: int, calibration: Calibration | None = None
+        self, config: CacheConfig, spec: ModelSpec, blocks: int, calibration: Calibration | None = None
     ) -> None:
-        self.config, self.declaration, self.blocks = config, declaration, blocks
+        self.config, self.spec, self.blocks = config, spec, blocks
         self.calibration = calibration
 
     def new_state(self) -> Any:

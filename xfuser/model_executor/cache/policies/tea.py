@@ -40,7 +40,7 @@ class TeaPolicy(Policy):
     def coefficients(self) -> tuple[float, ...]:
         if self.calibration is not None:
             return self.calibration.tea
-        return self.declaration.tea_coefficients or IDENTITY
+        return self.spec.tea_coefficients or IDENTITY
 
     def measure(
         self,
@@ -50,7 +50,7 @@ class TeaPolicy(Policy):
         inputs: Streams,
         outputs: Streams | None,
     ) -> torch.Tensor:
-        modulated = self.declaration.modulated_input(block, arguments)
+        modulated = self.spec.modulated_input(block, arguments)
         sums = relative_sums(modulated, state.modulated)
         state.modulated = modulated
         return sums

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
-from transformers import CLIPTextConfig, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import BertConfig, BertModel, CLIPTextConfig, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 SIZE = 64  # pixels
 HIDDEN = 32  # channels of a text encoder
@@ -24,18 +24,31 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
+def noise(*shape: int, seed: int = 1) -> torch.Tensor:
+    """Draw a normal tensor, always the same."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
 def smooth_in_time(timestep_embedder: nn.Module) -> None:
     """A trained model is smooth in time; random weights on the embedding's high frequencies are not."""
     with torch.no_grad():
         timestep_embedder.linear_1.weight.mul_(0.1)
 
 
-def small_autoencoder() -> AutoencoderKL:
-    """Latents of 4 channels and a quarter of the image's height and width."""
+@torch.no_grad()
+def strengthen(model: nn.Module, factor: float = 2.0) -> None:
+    """Scale a model's matrices, where random ones are too small for its blocks to matter."""
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.mul_(factor)
+
+
+def small_autoencoder(levels: int = 3) -> AutoencoderKL:
+    """Latents of 4 channels; each level but the first halves the image's height and width."""
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=(8,) * levels,
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=4,
@@ -57,6 +70,11 @@ def small_clip_config() -> CLIPTextConfig:
     )
 
 
+def small_bert() -> BertModel:
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return BertModel(BertConfig(**sizes, **_vocabulary())).eval()
+
+
 def small_t5(channels: int = HIDDEN) -> T5EncoderModel:
     return T5EncoderModel(
         T5Config(d_model=channels, d_kv=8, d_ff=64, num_layers=2, num_heads=4, **_vocabulary())
@@ -71,7 +89,12 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", model_max_length=77, padding_side="right"
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        eos_token="</s>",
+        model_max_length=77,
+        padding_side="right",
+        model_input_names=["input_ids", "attention_mask"],
     )
 
 
