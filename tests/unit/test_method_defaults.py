@@ -42,9 +42,9 @@ def test_the_shipped_model_has_its_own(method: str) -> None:
     assert MODEL_TYPES["tiny-dit"].thresholds != MODEL_TYPES["dit"].thresholds
 
 
-def test_every_family_names_all_of_them() -> None:
-    for spec in SPECS.values():
-        assert set(spec.thresholds) == set(METHODS)
+def test_every_family_of_the_command_line_names_all_of_them() -> None:
+    for kind in MODEL_TYPES.values():
+        assert set(SPECS[kind.transformer_class].thresholds) == set(kind.thresholds) == set(METHODS)
 
 
 def test_one_that_is_named_is_taken(dit: Toy) -> None:

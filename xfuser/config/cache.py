@@ -29,7 +29,7 @@ class CacheConfig:
         use_cache: The base method: ``None`` (evaluate everything), ``"Fast"`` (FastCache, arXiv 2505.20353), ``"Tea"``
             (TeaCache, arXiv 2411.19108), ``"Fb"`` (First Block Cache) or ``"Interval"`` (every N-th step).
         rel_l1_thresh: The base method's threshold, a relative distance without unit, at least 0. 0 never skips a block;
-            ``None`` takes the method's own for the model's family (`ModelDeclaration.threshold`).
+            ``None`` takes the method's own for the model's family (`ModelSpec.threshold`).
         motion_threshold: Fast: tokens that moved less, as a share of the fastest one's squared change, are not
             evaluated; at least 0. ``None`` and 0 evaluate all tokens, above 1 none is.
         significance: Fast: α of the χ² test, between 0 and 1.

@@ -21,6 +21,10 @@ FAMILIES: tuple[Family, ...] = tuple(
         "flux",
         "pixart",
         "sd3",
+        "hunyuan_dit",
+        "auraflow",
+        "wan",
+        "unet",
     )
 )
 SPECS: dict[str, ModelSpec] = {family.spec.transformer_class: family.spec for family in FAMILIES}

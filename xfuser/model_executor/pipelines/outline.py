@@ -66,16 +66,16 @@ def outline(model_type: str, model: str | None = None, height: int | None = None
                 f"{spec.transformer_class}"
             )
     shrink = 2 ** (len(autoencoder["block_out_channels"]) - 1)
-    spec = SPECS[spec.transformer_class]
+    model = SPECS[spec.transformer_class]
     side = transformer.get("sample_size") or 128
     rows = (height or size or side * shrink) // shrink
     columns = (width or size or side * shrink) // shrink
     if spec.conditioned_on == "label":
         rows = columns = side
-    patch = transformer.get("patch_size", 1) * spec.packs
+    patch = transformer.get("patch_size", 1) * model.packs
     return Outline(
         transformer["num_attention_heads"],
-        sum(transformer.get(name) or 0 for name in spec.layer_counts),
+        sum(transformer.get(name) or 0 for name in model.layer_counts),
         rows,
         (rows // patch) * (columns // patch),
         shrink * patch,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from xfuser.config.spelling import did_you_mean
-from xfuser.model_executor.adapters import DECLARATIONS
+from xfuser.model_executor.adapters import SPECS
 from xfuser.model_executor.pipelines.choosing import read_index
 from xfuser.model_executor.pipelines.loading import MODEL_TYPES, TOY, source_of
 from xfuser.model_executor.pipelines.outline import outline
@@ -87,7 +87,7 @@ class Rules:
             len(set(known.values())) or None,
             drawn.multiple,
             (drawn.height, drawn.width),
-            DECLARATIONS[spec.transformer_class].guidance == "calls",
+            SPECS[spec.transformer_class].guidance == "calls",
             frozenset(arguments - _NOT_FROM_A_LINE - set(_OWN) - {"true_cfg_scale"}),
             {name: value for name, value in named.items() if value is not None},
             spec.guidance_scale,
