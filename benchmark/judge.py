@@ -29,7 +29,8 @@ from evaluation.metrics import (
     worst_tenth,
 )
 from xfuser.config import CacheConfig
-from xfuser.config.arguments import READS
+from xfuser.config.cache import settings_read_by
+from xfuser.config.methods import METHODS, with_threshold
 from xfuser.model_executor.pipelines import LoadedPipeline
 
 SMALLEST_SAMPLE = 32  # below this a Fréchet distance in 64 dimensions says nothing
@@ -189,10 +190,11 @@ def _settings(run: Run) -> dict[str, Any]:
 
 def _read_settings(config: CacheConfig) -> dict[str, Any]:
     """The settings that the row's methods read: another method's defaults say nothing about it."""
-    theirs = {name for names in READS.values() for name in names} - set(READS.get(config.use_cache or "", ()))
+    theirs = {each.name for method in METHODS for each in settings_read_by(method)}
+    theirs -= {each.name for each in settings_read_by(config.use_cache)}
     if config.mode is not None:
         theirs -= {"sync"}
-    if config.use_cache == "Interval":
+    if config.use_cache not in with_threshold():
         theirs |= {"rel_l1_thresh"}
     return {
         name: value

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 
-from xfuser.config.arguments import READS, cache_method, named_settings, parallel_config
-from xfuser.config.cache import FIRST
+from xfuser.config.arguments import cache_method, named_settings, parallel_config
+from xfuser.config.cache import FIRST, settings_read_by
+from xfuser.config.methods import METHODS, with_threshold
 from xfuser.config.parallel import ParallelConfig
 from xfuser.config.spelling import did_you_mean
 from xfuser.model_executor.pipelines.choosing import read_index
@@ -105,12 +106,12 @@ def check_generation(args: argparse.Namespace, parallel: ParallelConfig) -> None
 def check_cache(args: argparse.Namespace) -> None:
     """Refuse settings of a cache that nothing would read (ValueError)."""
     method = cache_method(args)
-    if args.rel_l1_thresh is not None and method not in MODEL_TYPES[args.model_type].thresholds:
-        with_one = ", ".join(MODEL_TYPES[args.model_type].thresholds)
+    if args.rel_l1_thresh is not None and method not in with_threshold():
+        with_one = ", ".join(with_threshold())
         said = "no base method is named" if method is None else f"--use_cache {method} has none"
         raise ValueError(f"--rel_l1_thresh is a base method's threshold, and {said}; add --use_cache ({with_one})")
     for name in named_settings(args).keys() - {"calibration"}:
-        readers = [each for each, read in READS.items() if name in read]
+        readers = [each for each in METHODS if name in {known.name for known in settings_read_by(each)}]
         if method not in readers and not (name == "sync" and args.adacorr_mode == "gate"):
             also = " or --adacorr_mode gate" if name == "sync" else ""
             raise ValueError(f"--{name} belongs to --use_cache {readers[0]}{also}; leave it out")

@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from xfuser.config.cache import APPROXIMATIONS, DEFAULT_TOLERANCE, GRANULARITIES, MODES, SCORES, SYNCS
+from xfuser.config.cache import CacheConfig, CorrectionSettings, settings_read_by
+from xfuser.config.methods import METHODS, settings_of
 from xfuser.config.parallel import ParallelConfig
+from xfuser.config.settings import add_flags, named_in, positive
 
 
 class Named(argparse.Action):
@@ -63,49 +65,34 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, counted: bool = True
     group.add_argument("--seed", type=int, default=42, help="image i starts from the noise of seed + i (default: 42)")
 
 
+# Settings of `CacheConfig` by name; what base methods and AdaCorrection share, with flags among theirs.
+_FIELDS = {each.name: each for each in fields(CacheConfig)}
+_SHARED_FLAGS = (_FIELDS["sync"], _FIELDS["calibration"])
+
+
 def add_base_arguments(parser: argparse.ArgumentParser) -> None:
     """The base methods' own settings, and what was calibrated; each method is given those that it reads."""
     group = parser.add_argument_group("base methods")
-    group.add_argument(
-        "--motion_threshold",
-        type=float,
-        help="Fast: evaluate only tokens whose squared change is at least this share of the largest, 0 or more "
-        "(default: all tokens)",
-    )
-    group.add_argument(
-        "--adaptive_threshold",
-        action="store_true",
-        help="Fast: bound the drift by the published adaptive threshold too (default: off)",
-    )
-    group.add_argument("--significance", type=float, help="Fast: α of the χ² test, 0 to 1 (default: 0.05)")
-    group.add_argument("--interval", type=positive, help="Interval: evaluate every N-th step (default: 3)")
-    group.add_argument(
-        "--calibration",
-        metavar="FILE",
-        help="a file of `xdit calibrate`; 'first': learn from the first generation; 'auto', for a goal: a stored "
-        "one, or learn from the first generation and store it (default: none, and auto for a goal)",
-    )
-
-
-# Which of the base methods' settings each of them reads; all read a calibration.
-READS = {"Fast": ("motion_threshold", "significance", "adaptive_threshold", "sync"), "Interval": ("interval",)}
+    for method in METHODS:
+        add_flags(group, settings_of(method), method)
+    add_flags(group, [_FIELDS["calibration"]])
 
 
 def named_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The `CacheConfig` settings of base methods that a command line named."""
-    names = ("motion_threshold", "significance", "interval", "sync", "calibration")
-    settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    return settings | ({"adaptive_threshold": True} if args.adaptive_threshold else {})
+    own = [each for method in METHODS for each in settings_of(method)]
+    return named_in(args, [*own, *_SHARED_FLAGS])
 
 
 def base_settings(args: argparse.Namespace, method: str) -> dict[str, Any]:
     """Those that one base method reads, for commands that compare several; without its threshold."""
-    read = (*READS.get(method, ()), "calibration")
+    read = {"calibration", *(each.name for each in settings_read_by(method))}
     named = {name: value for name, value in named_settings(args).items() if name in read}
     return {"use_cache": method, **named}
 
 
 GOALS = ("target_speedup", "min_psnr")
+_ON_TRAJECTORY = {"use_cache", "enable_adacorrection", "adacorr_budget", "calibration"}  # that level reads them too
 
 
 def add_goal_arguments(parser: argparse.ArgumentParser) -> None:
@@ -135,42 +122,20 @@ def trajectory_settings(args: argparse.Namespace) -> dict[str, Any] | None:
         goals["adacorr_budget"] = args.adacorr_budget
     if method is not None:
         raise ValueError(f"--{next(iter(goals))} needs no base method; leave --use_cache {method} out")
-    others = ("rel_l1_thresh", "motion_threshold", "significance", "interval", "adacorr_mode", "adacorr_tolerance")
-    others += ("adacorr_gamma", "adacorr_lambda", "adacorr_score", "granularity", "sync", "approximation")
-    for name in others:
-        if getattr(args, name, None) is not None:
-            raise ValueError(f"--{name} belongs to the block level, not to --{next(iter(goals))}; leave it out")
-    if args.adaptive_threshold:
-        raise ValueError(f"--adaptive_threshold belongs to the block level, not to --{next(iter(goals))}; leave it out")
+    blocks = named_in(args, [_FIELDS[name] for name in _FIELDS.keys() - _ON_TRAJECTORY])
+    if blocks:
+        raise ValueError(
+            f"--{min(blocks, key=list(_FIELDS).index)} belongs to the block level, not to --{next(iter(goals))}; leave "
+            "it out"
+        )
     return goals | ({} if args.calibration is None else {"calibration": args.calibration})
 
 
 def add_correction_arguments(parser: argparse.ArgumentParser) -> None:
     """AdaCorrection's settings; the names and defaults are those of `CacheConfig`."""
     group = parser.add_argument_group("AdaCorrection on blocks")
-    group.add_argument("--enable_adacorrection", action="store_true", help="review the base method's proposals")
-    group.add_argument("--adacorr_gamma", type=float, help="scale of the correction, above 0 (default: 1.0)")
-    group.add_argument("--adacorr_lambda", type=float, help="weight of the spatial variation (default: 1.0)")
-    group.add_argument("--adacorr_mode", choices=MODES, help="default: bound with a tolerance, else budget")
-    group.add_argument("--adacorr_score", choices=SCORES, help="default: absolute in blend, else relative")
-    group.add_argument(
-        "--adacorr_tolerance",
-        type=float,
-        help=f"bound, gate: allowed relative error of a stand-in, 0 or more (default: {DEFAULT_TOLERANCE})",
-    )
-    group.add_argument(
-        "--adacorr_budget", type=float, help="budget: share of block evaluations, 0 to 1 (default: the base method's)"
-    )
-    group.add_argument(
-        "--granularity", choices=GRANULARITIES, help="gate: whole blocks, or tokens of them too (default: layer)"
-    )
-    group.add_argument("--sync", choices=SYNCS, help="gate, Fast: decide once a step or at every layer (default: step)")
-    group.add_argument(
-        "--approximation",
-        choices=APPROXIMATIONS,
-        help="what stands in (default: linear for Fast, residual for others; under AdaCorrection fitted where "
-        "calibrated, else taylor-1)",
-    )
+    add_flags(group, fields(CorrectionSettings))
+    add_flags(group, [_FIELDS["sync"], _FIELDS["approximation"]])
 
 
 def correction_settings(args: argparse.Namespace, corrects: bool) -> dict[str, Any]:
@@ -179,11 +144,11 @@ def correction_settings(args: argparse.Namespace, corrects: bool) -> dict[str, A
     Raises:
         ValueError: One was named, but nothing is corrected.
     """
-    names = [name for name in vars(args) if name.startswith("adacorr_") or name == "granularity"]
-    names = [name for name in names if getattr(args, name) is not None]
-    if names and not corrects:
-        raise ValueError(f"--{names[0]} needs AdaCorrection; add --enable_adacorrection")
-    settings = {"enable_adacorrection": corrects, **{name: getattr(args, name) for name in names}}
+    named = named_in(args, fields(CorrectionSettings))
+    named.pop("enable_adacorrection", None)
+    if named and not corrects:
+        raise ValueError(f"--{next(iter(named))} needs AdaCorrection; add --enable_adacorrection")
+    settings = {"enable_adacorrection": corrects, **named}
     if args.sync is not None and args.adacorr_mode == "gate":
         settings["sync"] = args.sync
     return settings
@@ -207,14 +172,6 @@ def from_to(text: str) -> tuple[int, int]:
     if numbers[0] > numbers[1]:
         raise argparse.ArgumentTypeError(f"{text!r}: the fewest come first, as in {numbers[1]},{numbers[0]}")
     return numbers
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    value = int(text) if text.lstrip("+-").isdigit() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return value
 
 
 def add_parallel_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from math import prod
 
-from xfuser.config.cache import plain_number
 from xfuser.config.degrees import DataDegrees, SequenceDegrees, StageDegrees, TensorDegrees
+from xfuser.config.settings import plain_number
 
 DIMENSIONS = ("data", "cfg", "pipefusion", "ring", "ulysses")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, make_dataclass
 from typing import Any
 
 from xfuser.config.arguments import (
@@ -17,13 +17,24 @@ from xfuser.config.arguments import (
     parallel_config,
     positive,
 )
-from xfuser.config.cache import METHODS
+from xfuser.config.cache import METHODS, CacheConfig
 from xfuser.config.launched import launched
 from xfuser.config.parallel import ParallelConfig
 from xfuser.config.parser import OneLineParser
 from xfuser.config.refused import RefusedArguments, add_refused_arguments
+from xfuser.config.settings import setting_of
 from xfuser.xdit.configs import OUTPUT_TYPES, EngineConfig, InputConfig, ModelConfig, RuntimeConfig
 from xfuser.xdit.workers import WorkerArguments, add_worker_arguments
+
+# The settings of `CacheConfig` that have flags; None and False leave them to the script or to the default.
+CacheFlags = make_dataclass(
+    "CacheFlags",
+    [
+        (each.name, Any, False if each.default is False else None)
+        for each in fields(CacheConfig)
+        if setting_of(each).argument is not None
+    ],
+)
 
 
 class FlexibleArgumentParser(OneLineParser):
@@ -37,7 +48,7 @@ class FlexibleArgumentParser(OneLineParser):
 
 
 @dataclass
-class xFuserArgs(WorkerArguments, RefusedArguments):  # noqa: N801 (xDiT's name)
+class xFuserArgs(WorkerArguments, RefusedArguments, CacheFlags):  # noqa: N801 (xDiT's name)
     """Settings as xDiT's scripts take them, with this engine's cache settings beside them.
 
     Raises:
@@ -74,26 +85,10 @@ class xFuserArgs(WorkerArguments, RefusedArguments):  # noqa: N801 (xDiT's name)
     seed: int = 42
     output_type: str = "pil"
     guidance_scale: float = 3.5
-    # cache; None leaves it to the script or to the default
+    # cache
     use_teacache: bool = False
     use_fbcache: bool = False
     use_cache: str | None = None
-    rel_l1_thresh: float | None = None
-    motion_threshold: float | None = None
-    adaptive_threshold: bool = False
-    significance: float | None = None
-    interval: int | None = None
-    calibration: str | None = None
-    enable_adacorrection: bool = False
-    adacorr_gamma: float | None = None
-    adacorr_lambda: float | None = None
-    adacorr_mode: str | None = None
-    adacorr_score: str | None = None
-    adacorr_tolerance: float | None = None
-    adacorr_budget: float | None = None
-    granularity: str | None = None
-    sync: str | None = None
-    approximation: str | None = None
 
     def __post_init__(self) -> None:
         self.check_refused()

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from xfuser.config import CacheConfig
-from xfuser.config.arguments import READS
-from xfuser.config.cache import WITH_THRESHOLD, base_method
+from xfuser.config.cache import base_method, settings_read_by
+from xfuser.config.methods import with_threshold
 from xfuser.xdit.configs import EngineConfig
 from xfuser.xdit.parallel_state import model_parallel_is_initialized
 
@@ -46,14 +46,14 @@ def cache_settings_of(
         script["use_cache"] = methods[0]
     if methods and told.get("use_cache", methods[0]) != methods[0]:
         # They were chosen for the method that the command line has put another one in place of.
-        for name in ("rel_l1_thresh", *READS.get(methods[0], ())):
+        for name in ("rel_l1_thresh", *(each.name for each in settings_read_by(methods[0]))):
             script.pop(name, None)
     if any(name in told for name in _BUDGETS):
         for name in _BUDGETS:
             script.pop(name, None)
     settings = script | told
     method = base_method(settings.get("use_cache"))
-    if method not in WITH_THRESHOLD and "rel_l1_thresh" not in told:
+    if method not in with_threshold() and "rel_l1_thresh" not in told:
         settings.pop("rel_l1_thresh", None)  # xDiT's scripts name one whether they cache or not
     if method in thresholds and settings.get("rel_l1_thresh") is None:
         settings["rel_l1_thresh"] = thresholds[method]

@@ -10,9 +10,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-# Of the methods that have a threshold, where a family names none: the default of most implementations.
-COMMON_THRESHOLDS = {"Fast": 0.05, "Tea": 0.05, "Fb": 0.05}
-
 
 @dataclass(frozen=True)
 class TokenArgument:
@@ -150,11 +147,11 @@ class ModelSpec:
         return len(self.groups[0].takes)
 
     def threshold(self, method: str | None, transformer: nn.Module) -> float | None:
-        """The default ``rel_l1_thresh`` of a base method for this transformer, without unit; ``None`` where the method
-        has none.
+        """The default ``rel_l1_thresh`` of a base method for this transformer, without unit; ``None`` where the
+        family names none.
         """
         own = [known.thresholds for known in self.known_models if known.describes(transformer)]
-        tables = (*own, self.thresholds, COMMON_THRESHOLDS)
+        tables = (*own, self.thresholds)
         return next((each[method] for each in tables if method in each), None)
 
     def blocks(self, transformer: nn.Module) -> list[nn.Module]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from xfuser.config import CacheConfig
-from xfuser.model_executor.cache.apply import (
-    apply_cache_on_pipeline,
-    apply_cache_on_transformer,
-    cache_engine_of,
-)
-from xfuser.model_executor.cache.engine import CacheEngine
+from xfuser.lazy import lazy_attributes
 
-__all__ = ["CacheConfig", "CacheEngine", "apply_cache_on_pipeline", "apply_cache_on_transformer", "cache_engine_of"]
+_PUBLIC = {"CacheConfig": "xfuser.config", "CacheEngine": "xfuser.model_executor.cache.engine"} | dict.fromkeys(
+    ("apply_cache_on_pipeline", "apply_cache_on_transformer", "cache_engine_of"), "xfuser.model_executor.cache.apply"
+)
+
+__all__ = [*_PUBLIC]
+
+# Looked up on first use: the settings of the base methods, which lie beneath, are read without torch.
+__getattr__ = lazy_attributes(__name__, _PUBLIC)

@@ -29,7 +29,7 @@ from xfuser.model_executor.cache.following import PipelineFollower
 from xfuser.model_executor.cache.foreign import check_no_other_cache, check_not_compiled_whole
 from xfuser.model_executor.cache.parts import Part, check_model, check_one_denoiser
 from xfuser.model_executor.cache.plan import cut
-from xfuser.model_executor.cache.policies import build_policy
+from xfuser.model_executor.cache.policies import POLICIES, build_policy
 from xfuser.model_executor.cache.staged import StageRunner
 from xfuser.model_executor.cache.state import Branch, CallState
 from xfuser.model_executor.cache.statistics import Statistics, StepRecord
@@ -41,7 +41,8 @@ def with_threshold(config: CacheConfig, spec: ModelSpec, transformer: nn.Module)
     """Take the base method's default threshold for this transformer where the settings name none."""
     if config.rel_l1_thresh is not None:
         return config
-    return replace(config, rel_l1_thresh=spec.threshold(config.use_cache, transformer))
+    own = spec.threshold(config.use_cache, transformer)
+    return replace(config, rel_l1_thresh=POLICIES[config.use_cache].common_threshold if own is None else own)
 
 
 class CacheEngine:

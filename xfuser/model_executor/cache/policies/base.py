@@ -1,31 +1,51 @@
-"""What a base method is: a signal, and a proposal made from its reduced sums."""
+"""What a base method is: a signal, and a proposal made from its reduced sums.
+
+No file of a method imports torch by itself: the settings in it are read for ``xdit --help`` too.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import nn
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
-from xfuser.config import CacheConfig
-from xfuser.model_executor.adapters import ModelSpec, Streams
-from xfuser.model_executor.cache.calibration import Calibration
-from xfuser.model_executor.cache.steps import Call
-from xfuser.model_executor.cache.tokens import TokenChoice
+    from xfuser.config import CacheConfig
+    from xfuser.model_executor.adapters import ModelSpec, Streams
+    from xfuser.model_executor.cache.calibration import Calibration
+    from xfuser.model_executor.cache.steps import Call
+    from xfuser.model_executor.cache.tokens import TokenChoice
 
 
 class Policy:
     """Base of all methods. One instance serves one transformer; what a branch needs lives in `new_state`.
 
     Attributes:
+        common_threshold: The default of ``rel_l1_thresh`` where a model's family names none; ``None`` for a method that
+            does not read it.
+        approximation: What stands in for a block where nothing corrects the method.
+        reads_calibration: Whether it takes anything from a calibration.
+        needs_calibration: Whether it cannot do without.
+        by_step_number: Whether it decides by the step's number alone: a schedule, that comparisons leave out of "All".
         probe_blocks: Leading blocks that are evaluated before the proposal is made.
         observes_blocks: Whether it wants to see every block's input, evaluated or not, and decides block by block.
         signals: How many sums `measure` gives, where the first block alone is looked at.
         needs_num_steps: Rules that are off while nobody knows how many steps a generation has.
     """
 
+    @dataclass(frozen=True)
+    class Config:
+        """Settings that belong to this method alone, each declared by a function of `xfuser.config.settings`."""
+
+    common_threshold: ClassVar[float | None] = None
+    approximation: ClassVar[str] = "residual"
+    reads_calibration: ClassVar[bool] = False
+    needs_calibration: ClassVar[bool] = False
+    by_step_number: ClassVar[bool] = False
     signals: ClassVar[int] = 0
     probe_blocks: ClassVar[int] = 0
     observes_blocks: ClassVar[bool] = False
@@ -64,6 +84,8 @@ class Policy:
 
     def layer_sums(self, state: Any, block: int, device: torch.device) -> torch.Tensor:
         """Sums of one block's input at this step, for ``sync="layer"``."""
+        import torch
+
         return torch.zeros(0, device=device)
 
     def propose_block(self, state: Any, block: int, sums: list[float], call: Call) -> float:
@@ -78,14 +100,25 @@ class Policy:
         """What was decided in the end, by whomever."""
 
 
+def no_signal(inputs: Streams) -> torch.Tensor:
+    """Make the sums of a method that looks at nothing."""
+    import torch
+
+    return torch.zeros(0, device=inputs[0].device)
+
+
 def relative_sums(current: torch.Tensor, previous: torch.Tensor | None) -> torch.Tensor:
     """Σ|current − previous| and Σ|previous|, shape [2]; zeros where there is no comparable previous tensor."""
+    import torch
+
     if previous is None or previous.shape != current.shape:
         return torch.zeros(2, device=current.device)
     return torch.stack((_absolute_sum(current - previous), _absolute_sum(previous)))
 
 
 def _absolute_sum(tensor: torch.Tensor) -> torch.Tensor:
+    import torch
+
     # Token by token first: one long sum in float32 depends on how many tokens a rank holds, in the sixth digit.
     return torch.linalg.vector_norm(tensor, ord=1, dim=-1, dtype=torch.float32).sum(dtype=torch.float64).float()
 

@@ -7,16 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from statistics import fmean, pvariance
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from scipy.stats import chi2
-from torch import nn
-
-from xfuser.model_executor.adapters import Streams
+from xfuser.config.settings import number, switch
 from xfuser.model_executor.cache.policies.base import Policy
-from xfuser.model_executor.cache.steps import Call
-from xfuser.model_executor.cache.tokens import TokenChoice
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from xfuser.model_executor.adapters import Streams
+    from xfuser.model_executor.cache.steps import Call
+    from xfuser.model_executor.cache.tokens import TokenChoice
 
 WARMUP_STEPS = 3
 LAYER_SUMS = 3  # Σ‖H_t − H_{t−k}‖² / k², Σ‖H_{t−k}‖², elements; k steps since it was last seen
@@ -56,6 +58,19 @@ class FastPolicy(Policy):
     tokens whose squared change since the last step is at least that share of the image's largest.
     """
 
+    @dataclass(frozen=True)
+    class Config:
+        motion_threshold: float | None = number(
+            None,
+            "evaluate only tokens whose squared change is at least this share of the largest, 0 or more",
+            otherwise="all tokens",
+        )
+        significance: float = number(0.05, "α of the χ² test, 0 to 1; 0 switches the test off", 0, 1)
+        adaptive_threshold: bool = switch(False, "bound the drift by the published adaptive threshold too")
+
+    common_threshold: ClassVar[float | None] = 0.05
+    approximation: ClassVar[str] = "linear"
+    reads_calibration: ClassVar[bool] = True
     observes_blocks: ClassVar[bool] = True
 
     def new_state(self) -> FastState:
@@ -63,6 +78,8 @@ class FastPolicy(Policy):
 
     def observe(self, state: FastState, block: int, inputs: torch.Tensor, step: int) -> None:
         """Take in a block's input [B, P, D], whether or not the block runs."""
+        import torch
+
         layer = state.layer(block)
         if layer.inputs is not None and layer.inputs.shape == inputs.shape:
             change = _square(inputs - layer.inputs) / (step - layer.step) ** 2
@@ -78,6 +95,10 @@ class FastPolicy(Policy):
         inputs: Streams,
         outputs: Streams | None,
     ) -> torch.Tensor:
+        import torch
+
+        from xfuser.model_executor.cache.tokens import TokenChoice
+
         if self.config.motion_threshold:
             text = sum(stream.shape[1] for stream in inputs[1:])
             state.tokens = TokenChoice.moving(inputs[0], state.first_inputs, self.config.motion_threshold, text)
@@ -98,6 +119,8 @@ class FastPolicy(Policy):
 
     def layer_sums(self, state: FastState, block: int, device: torch.device) -> torch.Tensor:
         """The current step's sums of one block, for ``sync="layer"``."""
+        import torch
+
         layer = state.layer(block)
         sums, layer.sums = layer.sums, None
         return torch.zeros(LAYER_SUMS, device=device) if sums is None else sums
@@ -143,9 +166,13 @@ def _adaptive(changes: list[float], call: Call) -> float:
 @cache
 def _quantile(elements: int, significance: float) -> float:
     """χ²_{n,1−α} / n, without unit; about 1 for a hidden state's worth of elements."""
+    from scipy.stats import chi2
+
     return float(chi2.ppf(1 - significance, max(elements, 1))) / max(elements, 1)
 
 
 def _square(tensor: torch.Tensor) -> torch.Tensor:
+    import torch
+
     # Token by token first: see `base._absolute_sum`.
     return torch.linalg.vector_norm(tensor, dim=-1, dtype=torch.float32).square().sum(dtype=torch.float64).float()

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import nn
-
-from xfuser.model_executor.adapters import Streams
 from xfuser.model_executor.cache.policies.base import Policy, relative_l1, relative_sums
-from xfuser.model_executor.cache.steps import Call
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from xfuser.model_executor.adapters import Streams
+    from xfuser.model_executor.cache.steps import Call
 
 
 @dataclass
@@ -23,6 +25,7 @@ class FirstBlockState:
 class FirstBlockPolicy(Policy):
     """Evaluates when the rel-L1 of block 0's residual, against that of the last computed step, is ≥ rel_l1_thresh."""
 
+    common_threshold: ClassVar[float | None] = 0.05
     signals: ClassVar[int] = 2
     probe_blocks: ClassVar[int] = 1
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+from xfuser.model_executor.cache.policies.base import Policy, no_signal
 
-from xfuser.model_executor.adapters import Streams
-from xfuser.model_executor.cache.policies.base import Policy
-from xfuser.model_executor.cache.steps import Call
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from xfuser.model_executor.adapters import Streams
+    from xfuser.model_executor.cache.steps import Call
 
 
 class FullPolicy(Policy):
@@ -19,7 +21,7 @@ class FullPolicy(Policy):
     def measure(
         self, state: Any, block: nn.Module, arguments: Mapping[str, Any], inputs: Streams, outputs: Streams | None
     ) -> torch.Tensor:
-        return torch.zeros(0, device=inputs[0].device)
+        return no_signal(inputs)
 
     def propose(self, state: Any, sums: list[float], call: Call) -> bool:
         return True

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import nn
-
-from xfuser.model_executor.adapters import Streams
 from xfuser.model_executor.cache.policies.base import Policy, relative_l1, relative_sums
-from xfuser.model_executor.cache.steps import Call
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from xfuser.model_executor.adapters import Streams
+    from xfuser.model_executor.cache.steps import Call
 
 IDENTITY = (1.0, 0.0)
 
@@ -30,6 +32,8 @@ class TeaPolicy(Policy):
     identity where none is published.
     """
 
+    common_threshold: ClassVar[float | None] = 0.05
+    reads_calibration: ClassVar[bool] = True
     signals: ClassVar[int] = 2
     needs_num_steps: ClassVar[tuple[str, ...]] = ("TeaCache computes the last step",)
 

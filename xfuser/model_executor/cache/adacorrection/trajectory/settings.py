@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from os import PathLike
 from typing import Any
 
-from xfuser.config.cache import plain_number
+from xfuser.config.settings import plain_number
 
 AUTO = "auto"
 
