@@ -11,6 +11,7 @@ import torch
 from toys import Toy, attached
 
 from xfuser.model_executor.cache.calibration import Calibration
+from xfuser.model_executor.cache.linear import maps_in
 
 STEPS = 8
 FITTED = {"approximation": "fitted", "rel_l1_thresh": 0.15}
@@ -20,7 +21,31 @@ def calibration_of(histories: torch.Tensor, outputs: torch.Tensor) -> Calibratio
     """From residuals [rows, steps, n] and outputs alike."""
     histories, outputs = histories.double(), outputs.double()
     gram = histories @ histories.transpose(1, 2)
-    return Calibration(gram, outputs.square().sum(2), (1.0,) * (len(gram) - 2), (1.0, 0.0), {}, {})
+    return Calibration(gram, outputs.square().sum(2), {}, {})
+
+
+def with_sections(
+    gram: torch.Tensor, noise: tuple[float, ...], maps: dict[tuple[int, int], torch.Tensor] | None = None
+) -> Calibration:
+    """With FastCache's noise, TeaCache's identity and some linear maps, and nothing to fit weights from."""
+    sections = {
+        "Fast": {"noise": torch.tensor(noise, dtype=torch.float64)},
+        "Tea": {"polynomial": torch.tensor((1.0, 0.0), dtype=torch.float64)},
+        "linear": {f"{block}.{stream}": matrix for (block, stream), matrix in (maps or {}).items()},
+    }
+    return Calibration(gram, gram[..., 0].clone(), sections, {})
+
+
+def noise_of(calibration: Calibration) -> tuple[float, ...]:
+    return tuple(calibration.sections["Fast"]["noise"].tolist())
+
+
+def polynomial_of(calibration: Calibration) -> tuple[float, ...]:
+    return tuple(calibration.sections["Tea"]["polynomial"].tolist())
+
+
+def maps_of(calibration: Calibration) -> dict[tuple[int, int], torch.Tensor]:
+    return maps_in(calibration.sections["linear"])
 
 
 def recorded(toy: Toy, steps: int = STEPS, seeds: tuple[int, ...] = (0,), batch: int = 1) -> Calibration:

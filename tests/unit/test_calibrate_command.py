@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from calibrations import refused
+from calibrations import maps_of, noise_of, polynomial_of, refused
 from diffusers import DiTPipeline
 from toys import ALWAYS, Toy, attached
 
@@ -42,10 +42,10 @@ def test_the_command_says_where_a_file_is_from(command: Path) -> None:
     assert (described["scheduler"], described["guidance_scale"]) == ("DDIMScheduler", 1.5)
     assert (described["transformer"], described["blocks"]) == ("DiTTransformer2DModel", 12)
     loaded = Calibration.load(command)
-    assert loaded.gram.shape == (14, 6, 6) and len(loaded.noise) == 12
-    assert bool(torch.isfinite(loaded.gram).all()) and all(math.isfinite(each) for each in loaded.tea)
+    assert loaded.gram.shape == (14, 6, 6) and len(noise_of(loaded)) == 12
+    assert bool(torch.isfinite(loaded.gram).all()) and all(math.isfinite(each) for each in polynomial_of(loaded))
     # Six steps leave pairs behind the settled ones.
-    assert set(loaded.maps) == {(block, 0) for block in range(12)}
+    assert set(maps_of(loaded)) == {(block, 0) for block in range(12)}
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_more_images_and_the_same_ones_again(tiny: Toy, command: Path, tmp_path:
         main(["calibrate", *arguments, "--output", str(path)])
         files.append(Calibration.load(path))
     known = Calibration.load(command)
-    assert torch.equal(files[0].gram, known.gram) and files[0].tea == known.tea
+    assert torch.equal(files[0].gram, known.gram) and polynomial_of(files[0]) == polynomial_of(known)
     assert not torch.equal(files[1].gram, known.gram)
 
 

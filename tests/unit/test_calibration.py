@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from calibrations import STEPS, calibration_of, recorded
+from calibrations import STEPS, calibration_of, maps_of, noise_of, polynomial_of, recorded
 from toys import ALL_FAMILIES, ALWAYS, FAMILIES, Toy, attached, drive
 
 from xfuser.model_executor.adapters import spec_of
-from xfuser.model_executor.cache.calibration import Calibration, FittedWeights, fit_polynomial
+from xfuser.model_executor.cache.calibration import Calibration, FittedWeights
 from xfuser.model_executor.cache.linear import RIDGE as MAP_RIDGE
+from xfuser.model_executor.cache.policies.tea import fit_polynomial
 
 # -- weights -------------------------------------------------------------------------------------------------------
 
@@ -147,14 +148,14 @@ def test_noise_is_the_mean_squared_change_of_the_input(dit: Toy) -> None:
             float((now[0] - before[0]).square().sum() / before[0].square().sum())
             for before, now in zip(steps, steps[1:], strict=False)
         ]
-        assert calibration.noise[block] == pytest.approx(sum(changes) / (STEPS - 1), rel=1e-4)
+        assert noise_of(calibration)[block] == pytest.approx(sum(changes) / (STEPS - 1), rel=1e-4)
 
 
 def test_maps_are_fitted_on_the_settled_steps(dit: Toy) -> None:
     """Pairs of steps from the fourth on, one to three steps apart, all counting alike."""
     with watching(dit) as seen:
         calibration = recorded(dit)
-    assert set(calibration.maps) == {(block, 0) for block in range(len(dit.blocks))}
+    assert set(maps_of(calibration)) == {(block, 0) for block in range(len(dit.blocks))}
     for block, steps in enumerate(seen):
         square = cross = 0
         for now in range(3, STEPS):
@@ -164,7 +165,7 @@ def test_maps_are_fitted_on_the_settled_steps(dit: Toy) -> None:
                 square, cross = square + change.T @ change, cross + change.T @ moved
         ridge = MAP_RIDGE * square.diagonal().mean() * torch.eye(len(square))
         expected = torch.linalg.solve(square + ridge, cross).float()
-        torch.testing.assert_close(calibration.maps[block, 0], expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(maps_of(calibration)[block, 0], expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -178,9 +179,9 @@ def test_branches_count_like_generations(toy: Toy) -> None:
         twice = engine.recorded()
     torch.testing.assert_close(twice.gram, 2 * alone.gram)
     torch.testing.assert_close(twice.output_square, 2 * alone.output_square)
-    assert twice.noise == pytest.approx(alone.noise)
-    for key, matrix in alone.maps.items():
-        torch.testing.assert_close(twice.maps[key], matrix, rtol=1e-3, atol=1e-5)
+    assert noise_of(twice) == pytest.approx(noise_of(alone))
+    for key, matrix in maps_of(alone).items():
+        torch.testing.assert_close(maps_of(twice)[key], matrix, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
@@ -227,12 +228,12 @@ def test_tea_takes_the_calibrated_polynomial(dit: Toy, saved: Path) -> None:
     loaded = Calibration.load(saved)
     with attached(dit.pipeline, "pipeline", "Tea", calibration=saved, rel_l1_thresh=0.5) as engine:
         dit.images(STEPS)
-        assert engine.policy.coefficients == loaded.tea
+        assert engine.policy.coefficients == polynomial_of(loaded)
         assert engine.summary()["calibrated"] is True
         (branch,) = engine._branches.values()
     with attached(dit.pipeline, "pipeline", "Tea", rel_l1_thresh=0.5) as engine:
         assert engine.policy.coefficients == (1.0, 0.0)
-    assert loaded.tea != (1.0, 0.0)
+    assert polynomial_of(loaded) != (1.0, 0.0)
 
 
 def test_fast_takes_the_calibrated_noise_and_maps(dit: Toy, saved: Path) -> None:
@@ -240,12 +241,12 @@ def test_fast_takes_the_calibrated_noise_and_maps(dit: Toy, saved: Path) -> None
     settings = {"rel_l1_thresh": ALWAYS, "calibration": saved, "motion_threshold": 2.0}
     with watching(dit) as seen, attached(dit.pipeline, "pipeline", "Fast", **settings) as engine:
         dit.images(STEPS)
-        assert engine.policy.calibration.noise == loaded.noise
+        assert noise_of(engine.policy.calibration) == noise_of(loaded)
         assert engine.summary()["hit_rate"] == pytest.approx(1 - 3 / STEPS)
     for block, steps in enumerate(seen):
         reference = steps[2]
         for before, after in steps[3:]:
-            expected = before + reference[1] - reference[0] + (before - reference[0]) @ loaded.maps[block, 0]
+            expected = before + reference[1] - reference[0] + (before - reference[0]) @ maps_of(loaded)[block, 0]
             torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -253,7 +254,8 @@ def test_noise_decides(dit: Toy, saved: Path, tmp_path: Path) -> None:
     """A thousandth of it, and nothing is noise any more."""
     loaded = Calibration.load(saved)
     quiet = tmp_path / "quiet.safetensors"
-    dataclasses.replace(loaded, noise=tuple(each / 1e6 for each in loaded.noise)).save(quiet)
+    less = {"Fast": {"noise": loaded.sections["Fast"]["noise"] / 1e6}}
+    dataclasses.replace(loaded, sections=loaded.sections | less).save(quiet)
     hit_rates = []
     for path in (saved, quiet):
         with attached(dit.pipeline, "pipeline", "Fast", rel_l1_thresh=ALWAYS, calibration=path) as engine:

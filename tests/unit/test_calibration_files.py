@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from calibrations import STEPS, refused
+from calibrations import STEPS, maps_of, noise_of, polynomial_of, refused
 from diffusers import DDPMScheduler, DiTPipeline
 from safetensors.torch import load_file, save_file
 from toys import Toy, attached
@@ -17,6 +18,7 @@ from toys import Toy, attached
 from xfuser.model_executor.adapters.dit import build_small as build_toy_dit
 from xfuser.model_executor.cache import apply_cache_on_pipeline, apply_cache_on_transformer
 from xfuser.model_executor.cache.calibration import Calibration
+from xfuser.model_executor.pipelines.loading import shipped_tiny_dit
 
 # -- files ---------------------------------------------------------------------------------------------------------
 
@@ -28,18 +30,55 @@ def test_a_file_holds_what_was_recorded(flux: Toy, once: Callable[[Toy], Calibra
     assert sorted(each.name for each in path.parent.iterdir()) == ["a.b.json", "a.b.safetensors"]
     loaded = Calibration.load(path)
     assert torch.equal(loaded.gram, calibration.gram) and torch.equal(loaded.output_square, calibration.output_square)
-    assert (loaded.noise, loaded.tea, loaded.provenance) == (
-        calibration.noise,
-        calibration.tea,
+    assert (noise_of(loaded), polynomial_of(loaded), loaded.provenance) == (
+        noise_of(calibration),
+        polynomial_of(calibration),
         json.loads(json.dumps(calibration.provenance)),
     )
     # Maps of both streams, in half precision.
-    assert set(loaded.maps) == {(block, stream) for block in range(len(flux.blocks)) for stream in (0, 1)}
-    for key, matrix in loaded.maps.items():
+    assert set(maps_of(loaded)) == {(block, stream) for block in range(len(flux.blocks)) for stream in (0, 1)}
+    for key, matrix in maps_of(loaded).items():
         assert matrix.dtype == torch.float32
-        torch.testing.assert_close(matrix, calibration.maps[key], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(matrix, maps_of(calibration)[key], rtol=1e-3, atol=1e-4)
     calibration.save(path)
     assert calibration.provenance["num_steps"] == STEPS and calibration.provenance["scheduler"]
+
+
+def test_a_file_of_the_first_schema_is_read(dit: Toy, once: Callable[[Toy], Calibration], tmp_path: Path) -> None:
+    """It had no sections: each method's tensors had names of their own."""
+    calibration = once(dit)
+    old = {"gram": calibration.gram, "output_square": calibration.output_square}
+    old |= {"noise": calibration.sections["Fast"]["noise"], "tea": calibration.sections["Tea"]["polynomial"]}
+    old |= {f"maps.{name}": matrix.half() for name, matrix in calibration.sections["linear"].items()}
+    path = tmp_path / "old.safetensors"
+    save_file(old, path)
+    path.with_suffix(".json").write_text(json.dumps({"schema": 1, **calibration.provenance}))
+    loaded = Calibration.load(path)
+    assert torch.equal(loaded.gram, calibration.gram) and loaded.provenance == calibration.provenance
+    assert (noise_of(loaded), polynomial_of(loaded)) == (noise_of(calibration), polynomial_of(calibration))
+    assert maps_of(loaded).keys() == maps_of(calibration).keys()
+    with attached(dit.pipeline, "pipeline", "Fast", calibration=path) as engine:
+        dit.images(STEPS)
+        assert engine.summary()["calibrated"] is True
+
+
+@pytest.mark.parametrize("steps", [20, 30, 50])
+def test_the_files_that_come_along_are_read(steps: int) -> None:
+    loaded = Calibration.load(shipped_tiny_dit() / "calibration" / f"ddim-{steps}.safetensors")
+    assert loaded.gram.shape == (14, steps, steps) and len(noise_of(loaded)) == 12 and len(maps_of(loaded)) == 12
+    assert polynomial_of(loaded) != (1.0, 0.0)
+
+
+def test_a_section_is_nobody_elses_business(dit: Toy, once: Callable[[Toy], Calibration], tmp_path: Path) -> None:
+    """A method that this version does not know has left something in the file; it stays there, and nobody minds."""
+    calibration = once(dit)
+    own = {"a/b.c": torch.arange(3.0), "exact": torch.tensor([1 / 3], dtype=torch.float64)}
+    path = tmp_path / "more.safetensors"
+    replace(calibration, sections=calibration.sections | {"Other": own}).save(path)
+    loaded = Calibration.load(path)
+    assert torch.equal(loaded.sections["Other"]["a/b.c"], own["a/b.c"])
+    assert torch.equal(loaded.sections["Other"]["exact"], own["exact"])
+    apply_cache_on_pipeline(dit.pipeline, "Tea", calibration=path).remove()
 
 
 def spoil_json(path: Path, text: str) -> None:
@@ -66,6 +105,7 @@ SPOILED: dict[str, Callable[[Path], Any]] = {
     "another schema": lambda path: spoil_json(path, '{"schema": 99}'),
     "nothing but the schema": lambda path: spoil_json(path, '{"schema": 1}'),
     "no Gram matrices": lambda path: spoil_tensors(path, gram=None),
+    "a tensor that belongs to nothing": lambda path: spoil_tensors(path, stray=torch.zeros(1)),
     "of another model altogether": lambda path: spoil_tensors(path, **{"maps.a.b": torch.zeros(1)}),
 }
 

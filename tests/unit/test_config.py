@@ -175,3 +175,15 @@ def test_the_limits_of_every_range_are_allowed() -> None:
 def test_a_config_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         CacheConfig().rel_l1_thresh = 0.2  # type: ignore[misc]
+
+
+def test_a_whole_config_stands_for_its_settings(dit: Toy) -> None:
+    config = CacheConfig("Fb", 0.3, enable_adacorrection=True, adacorr_budget=0.5, num_steps=6)
+    for apply, target in ((apply_cache_on_transformer, dit.transformer), (apply_cache_on_pipeline, dit.pipeline)):
+        engine = apply(target, config)
+        engine.remove()
+        assert engine.config == config
+        engine = apply(target, use_cache=CacheConfig())
+        engine.remove()
+        assert engine.config == CacheConfig()
+        refused(dit, lambda a=apply, t=target: a(t, config, num_steps=5), TypeError, "num_steps", "CacheConfig")

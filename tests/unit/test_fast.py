@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from calibrations import with_sections
 from scipy.stats import chi2
 from torch import nn
 from toys import (
@@ -147,7 +148,7 @@ def test_the_quantile_of_many_elements_is_about_1() -> None:
 
 def test_the_noise_of_a_calibration_replaces_the_warm_up() -> None:
     nothing = torch.zeros(3, 1, 1, dtype=torch.float64)
-    calibration = Calibration(nothing, nothing[..., 0], (0.001,), (1.0, 0.0), {}, {})
+    calibration = with_sections(nothing, (0.001,))
     policy = policy_of(calibration)
     state = warmed(policy, 0.02, 0.02)
     assert judged(policy, state, 4, 0.001 * QUANTILE * 0.999) == 0
@@ -439,9 +440,9 @@ def test_calibrated_maps_of_blocks_are_not_taken_for_those_of_stacks(method: str
     factors = [4.0, 0.25] if method != "Fb" else [2.0, 4.0, 0.25]
     transformer.blocks = nn.ModuleList(Scaling(factor) for factor in factors)
     steps, blocks = 9, len(factors)
-    gram, square = torch.ones(blocks + 2, steps, steps), torch.ones(blocks + 2, steps)
+    gram = torch.ones(blocks + 2, steps, steps)
     maps = {(block, 0): torch.eye(4) * (factor - 1) for block, factor in enumerate(factors)}
-    calibration = Calibration(gram, square, (1.0,) * blocks, (1.0, 0.0), maps, {})
+    calibration = with_sections(gram, (1.0,) * blocks, maps)
     settings = {"use_cache": method, "approximation": "linear", "num_steps": steps}
     if method != "Interval":
         settings["rel_l1_thresh"] = ALWAYS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import fields
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,16 @@ from xfuser.model_executor.cache.counting import BaseCounter
 from xfuser.model_executor.cache.engine import CacheEngine
 from xfuser.model_executor.cache.foreign import check_no_other_cache, check_not_compiled_whole
 from xfuser.model_executor.cache.parts import check_model
+from xfuser.model_executor.cache.policies import POLICIES
 
 logger = logging.getLogger(__name__)
 
 ONLY_TRAJECTORY = sorted(set(TrajectoryConfig.__dataclass_fields__) - {"adacorr_budget", "calibration"})
 
 
-def apply_cache_on_transformer(transformer: nn.Module, use_cache: str | None = None, **settings: Any) -> CacheEngine:
+def apply_cache_on_transformer(
+    transformer: nn.Module, use_cache: str | CacheConfig | None = None, **settings: Any
+) -> CacheEngine:
     """Attach a cache method, and AdaCorrection if asked for, to a diffusers transformer.
 
     Generations, steps and conditioning branches are inferred from the timesteps. Where a pipeline is at hand,
@@ -36,7 +40,7 @@ def apply_cache_on_transformer(transformer: nn.Module, use_cache: str | None = N
 
     Args:
         transformer: ``pipeline.transformer`` of a supported diffusers pipeline.
-        use_cache: The base method: ``None``, ``"Fast"``, ``"Tea"``, ``"Fb"`` or ``"Interval"``.
+        use_cache: The name of the base method, ``None`` for none; or a whole `CacheConfig`, and no other settings.
         **settings: The other fields of `CacheConfig`.
 
     Returns:
@@ -46,12 +50,13 @@ def apply_cache_on_transformer(transformer: nn.Module, use_cache: str | None = N
         TypeError: Unknown setting, or a transformer that is not supported.
         ValueError: A value out of its range, or an engine is attached already. Nothing has been changed then.
     """
+    use_cache, settings = as_keywords(use_cache, settings)
     config = CacheConfig.from_keywords(use_cache=use_cache, **settings)
     return _attach([transformer], config, None)
 
 
 def apply_cache_on_pipeline(
-    pipeline: Any, use_cache: str | None = None, **settings: Any
+    pipeline: Any, use_cache: str | CacheConfig | None = None, **settings: Any
 ) -> CacheEngine | TrajectoryEngine:
     """Attach a cache to a diffusers pipeline; its scheduler marks generations and steps.
 
@@ -64,6 +69,7 @@ def apply_cache_on_pipeline(
     Example:
         >>> engine = apply_cache_on_pipeline(pipeline, target_speedup=3)
     """
+    use_cache, settings = as_keywords(use_cache, settings)
     if spends_as_base(use_cache, settings):
         return attach_as_base(pipeline, use_cache, **settings)
     if on_trajectory(use_cache, settings):
@@ -71,6 +77,21 @@ def apply_cache_on_pipeline(
         return attach_trajectory(pipeline, **settings)
     config = CacheConfig.from_keywords(use_cache=use_cache, **settings)
     return _attach(denoisers_of(pipeline), config, pipeline)
+
+
+def as_keywords(use_cache: str | CacheConfig | None, settings: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    """Take a whole `CacheConfig` in the place of the base method's name for the settings in it.
+
+    Raises:
+        TypeError: Other settings are named beside it.
+    """
+    if not isinstance(use_cache, CacheConfig):
+        return use_cache, settings
+    if settings:
+        raise TypeError(f"{next(iter(settings))} is named beside a CacheConfig; put it into that")
+    named = {each.name: getattr(use_cache, each.name) for each in fields(use_cache)}
+    changed = {each.name: named[each.name] for each in fields(use_cache) if named[each.name] != each.default}
+    return changed.pop("use_cache", None), changed
 
 
 def on_trajectory(use_cache: str | None, settings: dict[str, Any]) -> bool:
@@ -202,6 +223,11 @@ def load_calibration(transformer: nn.Module, config: CacheConfig, scheduler: Any
         return None
     calibration = Calibration.load(Path(config.calibration))
     calibration.check(transformer, spec_of(transformer).blocks(transformer), scheduler)
+    if config.use_cache is not None and POLICIES[config.use_cache].needs_calibration:
+        if config.use_cache not in calibration.sections:
+            raise ValueError(
+                f"calibration: it has nothing for use_cache={config.use_cache!r}; run `xdit calibrate` again"
+            )
     if config.num_steps is not None:
         calibration.check_steps(config.num_steps)
     return calibration

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from xfuser.config import CacheConfig
 from xfuser.config.cache import FIRST
+from xfuser.model_executor.adapters import ModelSpec
 from xfuser.model_executor.cache.calibration import Calibration
 from xfuser.model_executor.cache.recorder import Recorder
+from xfuser.model_executor.cache.sections import build_sections
 
 
 class Calibrator:
@@ -25,7 +27,8 @@ class Calibrator:
     def __init__(
         self,
         config: CacheConfig,
-        blocks: int,
+        blocks: Sequence[nn.Module],
+        spec: ModelSpec,
         calibration: Calibration | None,
         describe: Callable[[], dict[str, Any]],
         weights: Callable[[], Any],
@@ -33,15 +36,21 @@ class Calibrator:
         self.recorder: Recorder | None = None
         self.calibration = calibration
         self._first = config.calibration == FIRST
-        self._blocks = blocks
+        self._blocks, self._spec = blocks, spec
         self._describe, self._weights = describe, weights
         self._learned_with: Any = None
         self._records_all = False
+        self._settings: dict[str, Any] = {}
         self._by_steps: dict[int | None, Calibration] = {}
 
     @property
     def records_all(self) -> bool:
         return self._records_all
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What `record` was told."""
+        return self._settings
 
     def check(self, transformer: nn.Module, blocks: Sequence[nn.Module], scheduler: Any) -> None:
         """Refuse a transformer or scheduler that a file's calibration was not made with (ValueError)."""
@@ -54,9 +63,10 @@ class Calibrator:
         self.recorder = None
         return None if self._first else self.calibration
 
-    def record(self) -> None:
-        """From the next generation on, record all."""
-        self._records_all = True
+    def record(self, settings: Mapping[str, Any]) -> None:
+        """From the next generation on, record all; with these settings of sections (TypeError for an unknown one)."""
+        build_sections(self._blocks, self._spec, 1, settings)
+        self._records_all, self._settings = True, dict(settings)
 
     def recorded(self) -> Calibration:
         """The calibration from all whole generations since `record` (ValueError without one)."""
@@ -86,7 +96,8 @@ class Calibrator:
             if num_steps is None:
                 raise ValueError("calibration: the number of steps is unknown; set num_steps")
             if self.recorder is None or self.recorder.expected_steps != num_steps:
-                self.recorder = Recorder(self._blocks, num_steps)
+                sections = build_sections(self._blocks, self._spec, num_steps, self._settings)
+                self.recorder = Recorder(len(self._blocks), num_steps, sections)
         else:
             self.recorder = None
             if self.calibration is not None:

@@ -19,7 +19,8 @@ from torch import nn
 from xfuser.core.files import replacing, write_json
 from xfuser.model_executor.cache.approximation import ORDERS, Extrapolation
 
-SCHEMA = 1
+SCHEMA = 2
+CORE = ("gram", "output_square")
 RUNS = 2  # rows behind the blocks' own: the run of all blocks, and of all but the first
 RIDGE = 1e-6  # of the mean squared residual; keeps nearly parallel residuals from taking huge opposite weights
 SMALLEST_ERROR = 1e-6
@@ -35,17 +36,14 @@ class Calibration:
         gram: Σ r_t·r_u of the residuals, shape [blocks + 2, steps, steps], float64; the last two rows are the runs of
             all blocks and of all but the first.
         output_square: Σ‖output‖², shape [blocks + 2, steps].
-        noise: Per block, the mean squared relative change of its input from step to step.
-        tea: TeaCache's polynomial, highest degree first.
-        maps: Per block and stream, the linear map of `linear.LinearMap`.
+        sections: What each base method, and the approximation ``linear``, has learned: tensors by name, of which nobody
+            else knows anything (`policies.base.Section`).
         provenance: Model, scheduler, steps, conditions' hash: what `check` compares.
     """
 
     gram: torch.Tensor
     output_square: torch.Tensor
-    noise: tuple[float, ...]
-    tea: tuple[float, ...]
-    maps: dict[tuple[int, int], torch.Tensor]
+    sections: dict[str, dict[str, torch.Tensor]]
     provenance: dict[str, Any]
 
     @property
@@ -98,14 +96,11 @@ class Calibration:
 
     def save(self, path: Path) -> None:
         """Write PATH (safetensors) and PATH with .json, under temporary names until they are whole."""
-        tensors = {
-            "gram": self.gram,
-            "output_square": self.output_square,
-            "noise": torch.tensor(self.noise, dtype=torch.float64),
-            "tea": torch.tensor(self.tea, dtype=torch.float64),
-        }
-        for (block, stream), matrix in self.maps.items():
-            tensors[f"maps.{block}.{stream}"] = matrix.half().contiguous()
+        tensors = {"gram": self.gram, "output_square": self.output_square}
+        for section, held in self.sections.items():
+            for name, tensor in held.items():
+                stored = tensor.half() if tensor.dtype == torch.float32 else tensor
+                tensors[f"{section}/{name}"] = stored.contiguous()
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path.with_suffix(".json"), {"schema": SCHEMA, **self.provenance})
         with replacing(path) as temporary:
@@ -122,24 +117,30 @@ class Calibration:
         try:
             tensors = load_file(path)
             provenance = json.loads(path.with_suffix(".json").read_text())
-            if not isinstance(provenance, dict) or provenance.pop("schema") != SCHEMA:
+            schema = provenance.pop("schema", None) if isinstance(provenance, dict) else None
+            if schema not in (1, SCHEMA):
                 raise ValueError("another schema")
-            maps = {}
-            for name, value in tensors.items():
-                if name.startswith("maps."):
-                    block, stream = name.split(".")[1:]
-                    maps[int(block), int(stream)] = value.float()
-            return cls(
-                tensors["gram"],
-                tensors["output_square"],
-                tuple(tensors["noise"].tolist()),
-                tuple(tensors["tea"].tolist()),
-                maps,
-                provenance,
-            )
+            if schema == 1:
+                tensors = {_renamed(name): tensor for name, tensor in tensors.items()}
+            gram, square = (tensors.pop(name) for name in CORE)
+            sections: dict[str, dict[str, torch.Tensor]] = {}
+            for name, tensor in tensors.items():
+                section, slash, own = name.partition("/")
+                if not slash:
+                    raise ValueError(f"{name} belongs to nothing")
+                sections.setdefault(section, {})[own] = tensor.float() if tensor.dtype == torch.half else tensor
+            return cls(gram, square, sections, provenance)
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"calibration={str(path)!r} cannot be read ({reason}); run `xdit calibrate`") from error
+
+
+def _renamed(name: str) -> str:
+    """Name a tensor of a file of the first schema, which had no sections, as it is named now."""
+    if name.startswith("maps."):
+        block, stream = name.removeprefix("maps.").split(".")
+        return f"linear/{int(block)}.{int(stream)}"
+    return {"noise": "Fast/noise", "tea": "Tea/polynomial"}.get(name, name)
 
 
 def describe_model(transformer: nn.Module, blocks: Sequence[nn.Module]) -> dict[str, Any]:
@@ -201,14 +202,3 @@ class FittedWeights(Extrapolation):
         if not nodes:
             return 0.0, -1
         return self._fitted(row, step, nodes)[1], min(self.order, len(nodes) - 1)
-
-
-def fit_polynomial(changes: Sequence[tuple[float, float]], degree: int = 4) -> tuple[float, ...]:
-    """TeaCache's rescaling (arXiv 2411.19108, section 3.3): from the signal's change to the output's."""
-    points = np.array([point for point in changes if all(math.isfinite(value) for value in point)])
-    if len(points) < 2 or points[:, 0].max() <= 0:
-        return (1.0, 0.0)
-    scale = float(points[:, 0].max())
-    fitted = np.polyfit(points[:, 0] / scale, points[:, 1], min(degree, max(1, len(points) // 4)))
-    powers = np.arange(len(fitted))[::-1]
-    return tuple(float(value) for value in fitted / scale**powers)

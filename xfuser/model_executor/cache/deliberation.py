@@ -18,7 +18,7 @@ from xfuser.model_executor.cache.adacorrection.modes import build_corrector
 from xfuser.model_executor.cache.adacorrection.offset import DRIFT, ROW, OffsetRow, OffsetScore, drift_sums
 from xfuser.model_executor.cache.approximation import ORDERS, Extrapolation
 from xfuser.model_executor.cache.calibration import Calibration, FittedWeights
-from xfuser.model_executor.cache.linear import LinearMap, LinearMaps
+from xfuser.model_executor.cache.linear import LinearMap, LinearMaps, maps_in
 from xfuser.model_executor.cache.measurement import TokenProbe
 from xfuser.model_executor.cache.memory import BranchMemory
 from xfuser.model_executor.cache.plan import Plan, Segment, Span
@@ -81,7 +81,8 @@ class StepPlanner:
             return None
         if self.calibration is None:
             return LinearMaps(ranks=self.placement.peers, reduce=self.placement.reduce)
-        known = {key: LinearMap(matrix=matrix) for key, matrix in self.calibration.maps.items()}
+        section = self.calibration.sections.get("linear", {})
+        known = {key: LinearMap(matrix=matrix) for key, matrix in maps_in(section).items()}
         return LinearMaps(calibrated=True, maps=known)
 
     def measure(self, active: CallState, row: int, inputs: Streams, outputs: Streams) -> None:

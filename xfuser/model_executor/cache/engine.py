@@ -97,7 +97,7 @@ class CacheEngine:
         self.statistics = Statistics(len(self.blocks))
         self.placement = self._given_placement or Placement(Stage.alone(len(self.blocks)))
         self.planner = StepPlanner(config, self.policy, self.exchange, self.statistics, calibration, self.placement)
-        self.calibrator = Calibrator(config, len(self.blocks), calibration, self._describe, self._weights)
+        self.calibrator = Calibrator(config, self.blocks, spec, calibration, self._describe, self._weights)
         kind = BlockRunner if self.placement.stage.is_alone else StageRunner
         needs = (self.policy, self.planner, self.calibrator, self.placement, self._attention)
         self.parts = [Part(self, each, kind(config, spec, each, *needs)) for each in transformers]
@@ -136,10 +136,14 @@ class CacheEngine:
             return []
         return [*self.policy.needs_num_steps, *self.planner.corrector.needs_num_steps]
 
-    def record(self) -> None:
+    def record(self, **settings: Any) -> None:
         """From the next generation on, evaluate everything and keep what a calibration is made from.
 
+        Args:
+            **settings: Of single sections, as ``xdit calibrate`` has them.
+
         Raises:
+            TypeError: A setting is not known.
             ValueError: Several ranks share the image, and each sees a part of its tokens, branches or blocks only; or
                 there are several denoisers.
         """
@@ -149,7 +153,7 @@ class CacheEngine:
                 "record() sees this rank's part of an image only; calibrate in one process (`xdit calibrate`) and give "
                 "every rank the file, as calibration='mine.safetensors'"
             )
-        self.calibrator.record()
+        self.calibrator.record(settings)
 
     def recorded(self) -> Calibration:
         """The calibration from all whole generations since `record`.
@@ -257,7 +261,7 @@ class CacheEngine:
         self._detach()
         self._build(transformers, spec, calibration)
         if before.records_all:
-            self.record()
+            self.record(**before.settings)
         self._attach()
         if scheduler is not None:
             self.watch_scheduler(scheduler)

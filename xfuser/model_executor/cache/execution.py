@@ -111,8 +111,7 @@ class BlockRunner:
         recorder = self.calibrator.recorder
         if recorder is not None:
             before = active.counted()
-            modulated = self.spec.modulated_input(self.blocks[0], active.first_arguments)
-            recorder.signal(active.call.branch, modulated)
+            recorder.opens(active.call.branch, self.blocks[0], active.first_arguments)
             active.recorder_flops = active.counted() - before
 
     def _evaluate(self, active: CallState, call: BlockCall) -> Any:

@@ -2,19 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
 from xfuser.model_executor.adapters import Streams
 from xfuser.model_executor.cache.memory import Reference
+from xfuser.model_executor.cache.policies.base import Learning, Section
+from xfuser.model_executor.cache.steps import BranchKey
+
+if TYPE_CHECKING:
+    from xfuser.model_executor.cache.recorder import Samples
 
 # Above this many channels a full map costs more memory than it is worth: one slope a channel is fitted instead.
 FULL_CHANNELS = 1024
 FITTED_TOKENS = 2048  # per pair of evaluations, block and stream
 MEMORY = 0.7  # share of the older pairs
 RIDGE = 0.3  # of the mean square of the input's change; draws the map towards plain reuse
+LAGS = (1, 2, 3)  # steps between the evaluations that a recorded map is fitted on
+SETTLED = 3  # steps left out of it: the first ones are always evaluated
+
+
+class LinearSection(Section):
+    """Fits the maps of all blocks and streams on recorded generations: tensors ``<block>.<stream>``."""
+
+    def __init__(self, learning: Learning) -> None:
+        super().__init__(learning)
+        self._normal: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def ends(self, branches: Mapping[BranchKey, Samples]) -> None:
+        for steps in branches.values():
+            for block in range(len(self.learning.blocks)):
+                for now in range(SETTLED, len(steps)):
+                    for lag in LAGS:
+                        if now - lag >= SETTLED:
+                            self._add_pair(block, steps[now - lag][block], steps[now][block])
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {f"{block}.{stream}": solve_ridge(*sums).cpu() for (block, stream), sums in self._normal.items()}
+
+    def _add_pair(
+        self,
+        block: int,
+        older: list[tuple[torch.Tensor, torch.Tensor]],
+        newer: list[tuple[torch.Tensor, torch.Tensor]],
+    ) -> None:
+        for stream, ((old_in, old_out), (new_in, new_out)) in enumerate(zip(older, newer, strict=True)):
+            change = new_in - old_in
+            moved = new_out - old_out - change
+            full = change.shape[1] <= FULL_CHANNELS
+            sums = (
+                change.T @ change if full else change.square().sum(0),
+                change.T @ moved if full else (change * moved).sum(0),
+            )
+            known = self._normal.get((block, stream))
+            self._normal[block, stream] = sums if known is None else (known[0] + sums[0], known[1] + sums[1])
+
+
+def maps_in(section: Mapping[str, torch.Tensor]) -> dict[tuple[int, int], torch.Tensor]:
+    """Read the maps of a calibration's section by block and stream."""
+    keys = {name: name.split(".") for name in section}
+    return {(int(keys[name][0]), int(keys[name][1])): matrix for name, matrix in section.items()}
 
 
 @dataclass

@@ -22,7 +22,13 @@ from xfuser.model_executor.adapters import BoundArguments, ModelSpec, denoisers_
 from xfuser.model_executor.cache.adacorrection.trajectory import TrajectoryEngine, attach_trajectory
 from xfuser.model_executor.cache.adacorrection.trajectory.branches import sample_of, with_sample
 from xfuser.model_executor.cache.adacorrection.trajectory.wrapping import CallWrapper
-from xfuser.model_executor.cache.apply import check_unattached, load_calibration, on_trajectory, spends_as_base
+from xfuser.model_executor.cache.apply import (
+    as_keywords,
+    check_unattached,
+    load_calibration,
+    on_trajectory,
+    spends_as_base,
+)
 from xfuser.model_executor.cache.attach import Replacement
 from xfuser.model_executor.cache.engine import CacheEngine
 from xfuser.model_executor.cache.parts import check_model
@@ -267,7 +273,7 @@ class ParallelPipeline:
 def parallelize(
     pipeline: Any,
     mesh: ParallelMesh | ParallelConfig,
-    use_cache: str | None = None,
+    use_cache: str | CacheConfig | None = None,
     timed: bool | None = None,
     use_torch_compile: bool = False,
     **settings: Any,
@@ -280,7 +286,7 @@ def parallelize(
     Args:
         pipeline: A diffusers pipeline with a supported transformer, on this process's device.
         mesh: This process's place among all, or the degrees: then it meets torchrun's other processes first.
-        use_cache: The base method, as for `apply_cache_on_pipeline`.
+        use_cache: The base method, or a whole `CacheConfig`, as for `apply_cache_on_pipeline`.
         timed: Whether the clock waits for the device, so that it is true on an accelerator.
         use_torch_compile: Compile every block's own forward; decisions stay outside.
         **settings: The other fields of `CacheConfig`, or those of `TrajectoryConfig` (``target_speedup=3``).
@@ -290,6 +296,7 @@ def parallelize(
         ValueError: Degrees that do not fit the model, settings that do not go together, or a pipeline on another
             device; on all ranks that share an image, also where one of them alone refuses. Nothing has been changed.
     """
+    use_cache, settings = as_keywords(use_cache, settings)
     if spends_as_base(use_cache, settings):
         raise ValueError(
             "what a base method would spend on the trajectory is counted in one process only; on several ranks name "

@@ -6,7 +6,7 @@ No file of a method imports torch by itself: the settings in it are read for ``x
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,14 +17,69 @@ if TYPE_CHECKING:
     from xfuser.config import CacheConfig
     from xfuser.model_executor.adapters import ModelSpec, Streams
     from xfuser.model_executor.cache.calibration import Calibration
-    from xfuser.model_executor.cache.steps import Call
+    from xfuser.model_executor.cache.recorder import Samples
+    from xfuser.model_executor.cache.steps import BranchKey, Call
     from xfuser.model_executor.cache.tokens import TokenChoice
+
+
+@dataclass(frozen=True)
+class Learning:
+    """What a section knows of the generations that are recorded.
+
+    Attributes:
+        blocks: The transformer's blocks.
+        spec: How the transformer is cut into them.
+        steps: Of every generation.
+        settings: Those of the section's own ``Config`` that were named.
+    """
+
+    blocks: Sequence[nn.Module]
+    spec: ModelSpec
+    steps: int
+    settings: Mapping[str, Any]
+
+
+class Section:
+    """A part of a calibration: what is collected of whole generations, and the tensors that are made of it.
+
+    One instance serves one recording, in which every block of every generation is evaluated. Derive from it within a
+    method's policy, as its ``Section``; the file format and other sections know nothing of it.
+
+    Args:
+        learning: The model, and the number of steps.
+    """
+
+    @dataclass(frozen=True)
+    class Config:
+        """Settings of ``xdit calibrate`` and ``engine.record()`` for this section alone."""
+
+    def __init__(self, learning: Learning) -> None:
+        self.learning = learning
+        self.settings = self.Config(**learning.settings)
+
+    def opens(self, branch: BranchKey, block: nn.Module, arguments: Mapping[str, Any]) -> None:
+        """A step of a branch begins with its first block, called with these arguments by name."""
+
+    def sees(self, branch: BranchKey, block: int, inputs: Streams, outputs: Streams) -> None:
+        """A block was evaluated: its streams before and after it, each of shape [B, P, D]."""
+
+    def ends(self, branches: Mapping[BranchKey, Samples]) -> None:
+        """A generation has ended; what was seen of branches that are not among the whole ones is to be forgotten.
+
+        A branch's samples are a list of its steps: by block, per stream a pair of its sampled tokens [n, D] before and
+        after the block, float32, the same tokens at every step.
+        """
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Make what is stored, by name. float32 is stored in half precision, float64 as it is."""
+        raise NotImplementedError
 
 
 class Policy:
     """Base of all methods. One instance serves one transformer; what a branch needs lives in `new_state`.
 
     Attributes:
+        Section: What it learns by recording, and stores under its name in a calibration.
         common_threshold: The default of ``rel_l1_thresh`` where a model's family names none; ``None`` for a method that
             does not read it.
         approximation: What stands in for a block where nothing corrects the method.
@@ -41,6 +96,7 @@ class Policy:
     class Config:
         """Settings that belong to this method alone, each declared by a function of `xfuser.config.settings`."""
 
+    Section: ClassVar[type[Section] | None] = None
     common_threshold: ClassVar[float | None] = None
     approximation: ClassVar[str] = "residual"
     reads_calibration: ClassVar[bool] = False
@@ -56,6 +112,11 @@ class Policy:
     ) -> None:
         self.config, self.spec, self.blocks = config, spec, blocks
         self.calibration = calibration
+
+    @property
+    def learned(self) -> Mapping[str, torch.Tensor] | None:
+        """The tensors of its section; ``None`` where nothing is known, yet or at all."""
+        return None if self.calibration is None else self.calibration.sections.get(str(self.config.use_cache))
 
     def new_state(self) -> Any:
         """Fresh state of one branch of one generation."""

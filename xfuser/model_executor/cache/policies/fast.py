@@ -6,18 +6,20 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from statistics import fmean, pvariance
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from xfuser.config.settings import number, switch
-from xfuser.model_executor.cache.policies.base import Policy
+from xfuser.model_executor.cache.policies.base import Learning, Policy, Section
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
     from xfuser.model_executor.adapters import Streams
-    from xfuser.model_executor.cache.steps import Call
+    from xfuser.model_executor.cache.recorder import Samples
+    from xfuser.model_executor.cache.steps import BranchKey, Call
     from xfuser.model_executor.cache.tokens import TokenChoice
 
 WARMUP_STEPS = 3
@@ -48,6 +50,28 @@ class FastState:
         return self.layers.setdefault(block, LayerState())
 
 
+class FastSection(Section):
+    """Measures the noise σ²: per block, the mean squared relative change of its input from step to step."""
+
+    def __init__(self, learning: Learning) -> None:
+        super().__init__(learning)
+        self._changes: dict[int, list[float]] = {}
+
+    def ends(self, branches: Mapping[BranchKey, Samples]) -> None:
+        for steps in branches.values():
+            for block in range(len(self.learning.blocks)):
+                for before, now in pairwise(steps):
+                    (old, _), (new, _) = before[block][0], now[block][0]
+                    change = (new - old).square().sum() / old.square().sum()
+                    self._changes.setdefault(block, []).append(float(change))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        import torch
+
+        means = [sum(changes) / len(changes) for _, changes in sorted(self._changes.items())]
+        return {"noise": torch.tensor(means, dtype=torch.float64)}
+
+
 class FastPolicy(Policy):
     """Skips block l when its input's relative change δ_l is within noise, δ² ≤ σ_l²·χ²_{ND,1−α}/(ND), and below
     rel_l1_thresh.
@@ -68,6 +92,7 @@ class FastPolicy(Policy):
         significance: float = number(0.05, "α of the χ² test, 0 to 1; 0 switches the test off", 0, 1)
         adaptive_threshold: bool = switch(False, "bound the drift by the published adaptive threshold too")
 
+    Section: ClassVar[type[Section] | None] = FastSection
     common_threshold: ClassVar[float | None] = 0.05
     approximation: ClassVar[str] = "linear"
     reads_calibration: ClassVar[bool] = True
@@ -148,7 +173,8 @@ class FastPolicy(Policy):
 
     def _is_noise(self, layer: LayerState, block: int, call: Call) -> bool:
         square = layer.changes[-1]
-        noise = self.calibration.noise[block] if self.calibration else fmean(layer.warmup or layer.changes)
+        learned = self.learned
+        noise = fmean(layer.warmup or layer.changes) if learned is None else float(learned["noise"][block])
         limit = self.config.rel_l1_thresh
         if self.config.adaptive_threshold:
             limit = min(limit, _adaptive(layer.changes, call))
