@@ -37,8 +37,17 @@ from benchmark.common import (  # noqa: E402
 from benchmark.judge import Judge  # noqa: E402
 from benchmark.measure import measure  # noqa: E402
 from benchmark.outcomes import Run, exit_code, failures, remarks  # noqa: E402
-from benchmark.rows import SUFFIX, Correction, Row, build_rows, on_trajectory, wanted_methods  # noqa: E402
-from benchmark.sweep import INTERVALS, POINTS, RANGE, Sweep, build_sweep, left_out  # noqa: E402
+from benchmark.rows import (  # noqa: E402
+    SUFFIX,
+    Correction,
+    Row,
+    base_names,
+    build_rows,
+    lacks_calibration,
+    on_trajectory,
+    wanted_methods,
+)
+from benchmark.sweep import POINTS, RANGE, Sweep, build_sweep, left_out  # noqa: E402
 from evaluation.report import comparison_sheet, frontier_table, results_table, write_report  # noqa: E402
 from xfuser.config.arguments import (  # noqa: E402
     add_base_arguments,
@@ -65,6 +74,7 @@ from xfuser.core.distributed.launch import start_processes  # noqa: E402
 from xfuser.core.distributed.mesh import ParallelMesh  # noqa: E402
 from xfuser.core.files import write_json  # noqa: E402
 from xfuser.model_executor.cache.adacorrection.trajectory.calibration import is_trajectory  # noqa: E402
+from xfuser.model_executor.cache.policies import POLICIES  # noqa: E402
 from xfuser.model_executor.parallel import check_combination  # noqa: E402
 from xfuser.model_executor.pipelines import MODEL_TYPES, LoadedPipeline, load_pipeline  # noqa: E402
 from xfuser.model_executor.pipelines.choosing import resolve_model  # noqa: E402
@@ -88,8 +98,8 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         default=["All"],
         metavar="METHOD",
-        help="None, a base method (Fast, Tea, Fb, Interval), X+AdaCorrection, or All: all with a threshold "
-        "(default: All)",
+        help=f"None, a base method ({', '.join(base_names())}), X+AdaCorrection, or All: every method that looks "
+        "at what it caches, plain and corrected (default: All)",
     )
     group.add_argument(
         "--cache_ratio_threshold",
@@ -108,13 +118,19 @@ def parser() -> argparse.ArgumentParser:
         const=POINTS,
         metavar="N",
         help=f"each method at N thresholds (default: {POINTS}), spaced geometrically from {RANGE[0]:g} to {RANGE[1]:g} "
-        f"times its own; Interval at {', '.join(map(str, INTERVALS))}",
+        f"times its own; {swept()}",
     )
     add_evaluation_arguments(group, "cache_execute_results")
     add_base_arguments(result)
     add_correction_arguments(result)
     add_parallel_arguments(result)
     return result
+
+
+def swept() -> str:
+    """Say what other settings a sweep tries, by method."""
+    found = ((base, POLICIES[base].sweep) for base in base_names())
+    return "; ".join(f"{base} at {', '.join(f'{v:g}' for v in sweep[1])}" for base, sweep in found if sweep is not None)
 
 
 def write_images(runs: list[Run], folder: Path) -> dict[str, list[str]]:
@@ -204,8 +220,9 @@ def rows_to_run(args: argparse.Namespace) -> tuple[list[Row], Sweep | None]:
     if args.sweep is None:
         rows = build_rows(wanted, bases, correction)
         return (rows if calibration is None else on_trajectory(rows, calibration)), None
-    if args.interval is not None:
-        raise ValueError(f"--interval: --sweep takes {', '.join(map(str, INTERVALS))} in turn; leave one of them out")
+    for dial, values in (POLICIES[base].sweep or ("", ()) for base in base_names()):
+        if dial and getattr(args, dial) is not None:
+            raise ValueError(f"--{dial}: --sweep takes {', '.join(map(str, values))} in turn; leave one of them out")
     sweep = build_sweep(wanted, bases, correction, args.sweep)
     return sweep.rows, sweep
 
@@ -257,6 +274,10 @@ def execute(args: argparse.Namespace, console: Console) -> dict[str, Any] | None
         measure(loaded, rows, sampling, lenient=sweep is not None, mesh=mesh)
         return None
     console.print(announce(loaded, len(rows), args))
+    if "All" in args.cache_methods:
+        for base, settings in bases_of(args, args.cache_ratio_threshold).items():
+            if lacks_calibration(base, settings):
+                console.print(f"{base} is left out: it needs --calibration, a file of `xdit calibrate`", markup=False)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     everything = measure(loaded, rows, sampling, judge.see, lenient=sweep is not None, mesh=mesh)
     runs = [run for run in everything if run.left_out is None]

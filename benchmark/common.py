@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmark.measure import DEFAULT_PROMPTS, Sampling
-from benchmark.rows import base_names
+from benchmark.rows import base_names, lacks_calibration
 from xfuser.config.arguments import base_settings
 from xfuser.config.cache import FIRST
 from xfuser.core.distributed.environment import describe_environment
 from xfuser.model_executor.pipelines import MODEL_TYPES, LoadedPipeline
+from xfuser.model_executor.pipelines.loading import shipped_tiny_dit
 
 PROMPT_ONLY = ("prompt", "height", "width")
 
@@ -40,9 +41,21 @@ def bases_of(args: argparse.Namespace, threshold: float | None) -> dict[str, dic
         # Every batch is a job of its own here, so that all of them would be evaluated in full.
         raise ValueError("--calibration first: a comparison needs a file; make one with `xdit calibrate`")
     bases = {base: base_settings(args, base) for base in base_names()}
+    shipped = shipped_gates(args)
+    for base in bases:
+        if lacks_calibration(base, bases[base]) and shipped is not None:
+            bases[base] |= {"calibration": str(shipped)}
     for base, own in MODEL_TYPES[args.model_type].thresholds.items():
         bases[base]["rel_l1_thresh"] = own if threshold is None else threshold
     return bases
+
+
+def shipped_gates(args: argparse.Namespace) -> Path | None:
+    """The calibration that comes along for methods that cannot do without; ``None`` where none fits."""
+    if args.model_type != "tiny-dit" or args.model is not None:
+        return None
+    path = shipped_tiny_dit() / "calibration" / f"gates-ddim-{args.num_inference_steps}.safetensors"
+    return path if path.is_file() else None
 
 
 def sampling_of(args: argparse.Namespace) -> Sampling:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from benchmark.matching import ALLOWED, Match
-from benchmark.rows import Row
+from benchmark.rows import Row, dial_of
 from xfuser.model_executor.cache.flops import StepFlops
 
 FAILED, INACTIVE = 1, 3  # exit codes: some row failed; all rows are there, and some cache did nothing
@@ -110,10 +110,8 @@ def _is_repetition(run: Run, other: Run) -> bool:
     both = run.row, other.row
     if any(row.method != row.base for row in both) or both[0].config.use_cache != both[1].config.use_cache:
         return False
-    earlier = (other.row.config.rel_l1_thresh, other.row.config.interval) < (
-        run.row.config.rel_l1_thresh,
-        run.row.config.interval,
-    )
+    dial = dial_of(both[0].config.use_cache)
+    earlier = getattr(both[1].config, dial) < getattr(both[0].config, dial)
     return earlier and other.hit_rates == run.hit_rates
 
 
@@ -126,8 +124,9 @@ def _remedy(run: Run) -> str:
         return "lower --adacorr_budget"
     if config.mode is not None:
         return "raise --adacorr_tolerance"
-    if config.use_cache == "Interval":
-        return "raise --interval, or take more steps"
+    dial = dial_of(config.use_cache)
+    if dial != "rel_l1_thresh":
+        return f"raise --{dial}, or take more steps"
     if config.use_cache == "Fast":
         # Its second test, for noise, is in the way at any threshold where inputs change more than they did at first.
         return "raise its threshold; where that does not help, its test for noise never passes here (docs/methods.md)"

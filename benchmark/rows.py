@@ -49,6 +49,12 @@ class Row:
         return self.spends_as_base or self.searched or self.fewer_steps
 
 
+def dial_of(method: str | None) -> str:
+    """Name the setting by which a base method trades speed for quality."""
+    sweep = POLICIES[method].sweep
+    return "rel_l1_thresh" if sweep is None else sweep[0]
+
+
 def base_names() -> list[str]:
     return [name for name in POLICIES if name is not None]
 
@@ -71,7 +77,8 @@ class Correction:
 def wanted_methods(names: list[str], bases: dict[str, dict[str, Any]], correct_all: bool) -> dict[str, bool]:
     """Which base methods were asked for, in order, and whether with their correction.
 
-    ``bases`` are the settings of every base method; ``All`` names those whose threshold decides when they hit.
+    ``bases`` are the settings of every base method. ``All`` names those that look at what they cache, the paper's main
+    table: a schedule is left out, and so is what needs a calibration that is not there (`lacks_calibration`).
 
     Raises:
         ValueError: A name is not known.
@@ -80,7 +87,8 @@ def wanted_methods(names: list[str], bases: dict[str, dict[str, Any]], correct_a
     wanted: dict[str, bool] = {}
     for name in names:
         if name == "All":
-            wanted |= {base: True for base in known if "rel_l1_thresh" in bases[base]}
+            shown = (base for base in known if base in bases and not lacks_calibration(base, bases[base]))
+            wanted |= {base: True for base in shown if not POLICIES[base].by_step_number}
         elif name != "None":
             base, corrected = name.removesuffix(SUFFIX), name.endswith(SUFFIX)
             if base not in known:
@@ -88,6 +96,11 @@ def wanted_methods(names: list[str], bases: dict[str, dict[str, Any]], correct_a
                 raise ValueError(f"--cache_methods: {name!r} is not known; choose from {choices}")
             wanted[base] = wanted.get(base, False) or corrected or correct_all
     return wanted
+
+
+def lacks_calibration(base: str, settings: dict[str, Any]) -> bool:
+    """Whether a base method needs a calibration that its settings do not name."""
+    return POLICIES[base].needs_calibration and settings.get("calibration") is None
 
 
 def build_rows(wanted: dict[str, bool], bases: dict[str, dict[str, Any]], correction: Correction) -> list[Row]:
@@ -124,13 +137,13 @@ def rows_of(base: str, settings: dict[str, Any], corrected: bool, correction: Co
     approximation = correction.approximation
     rows = [Row(base, base, plain)]
     if not corrected:
-        if approximation not in (None, plain.stand_in):
+        if approximation not in (None, plain.stand_in) and not POLICIES[plain.use_cache].skips_modules:
             rows.append(Row(f"{base}[{approximation}]", base, _readable(settings, approximation)))
         return rows
     # How the base method alone exchanges its sums is no concern of its reviewer.
     reviewed = {name: value for name, value in settings.items() if name != "sync"}
     config = CacheConfig(**(reviewed | {"approximation": approximation} | correction.settings))
-    if config.stand_in not in ("activation", plain.stand_in):
+    if config.stand_in not in ("activation", plain.stand_in) and not POLICIES[plain.use_cache].skips_modules:
         if config.stand_in == "fitted":
             rows.append(Row(f"{base}[taylor-1]", base, _readable(settings, "taylor-1")))
         rows.append(Row(f"{base}[{config.stand_in}]", base, _readable(settings, config.stand_in)))
@@ -144,7 +157,7 @@ def rows_of(base: str, settings: dict[str, Any], corrected: bool, correction: Co
 def _readable(settings: dict[str, Any], approximation: str | None = None) -> CacheConfig:
     """A base method's settings; without the calibration where nothing of it would be read."""
     without = {name: value for name, value in settings.items() if name != "calibration"}
-    if approximation != "fitted":
+    if approximation != "fitted" and not POLICIES[settings["use_cache"]].needs_calibration:
         plain = CacheConfig(**without, approximation=approximation)
         if not reads_calibration(plain.use_cache, plain.stand_in):
             return plain

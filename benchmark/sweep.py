@@ -10,10 +10,10 @@ import numpy as np
 from benchmark.outcomes import Run
 from benchmark.rows import Correction, Row, rows_of, uncached
 from evaluation.report.frontier import frontiers
+from xfuser.model_executor.cache.policies import POLICIES
 
 POINTS = 5
 RANGE = (0.5, 4.0)  # the first and the last threshold, times the method's own; below, tiny-dit hardly ever hits
-INTERVALS = (2, 3, 4, 6, 8)
 UNCACHED = "None"
 
 
@@ -39,13 +39,15 @@ class Sweep:
 
 
 def settings_of(base: str, settings: dict[str, Any], points: int) -> list[tuple[str, dict[str, Any]]]:
-    """Names and settings of a base method's points: thresholds spaced geometrically around its own, or intervals.
+    """Names and settings of a base method's points: thresholds spaced geometrically around its own, or its own values.
 
     Raises:
         ValueError: The threshold is 0, which leaves nothing to space.
     """
-    if "rel_l1_thresh" not in settings:
-        return [(f"{base}@{interval}", settings | {"interval": interval}) for interval in INTERVALS]
+    sweep = POLICIES[base].sweep
+    if sweep is not None:
+        dial, values = sweep
+        return [(f"{base}@{value:g}", settings | {dial: value}) for value in values]
     if settings["rel_l1_thresh"] == 0:
         raise ValueError("--sweep needs a --cache_ratio_threshold above 0 to space its thresholds around")
     factors = np.geomspace(*RANGE, points) if points > 1 else [1.0]

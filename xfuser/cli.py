@@ -22,8 +22,10 @@ from xfuser.config.arguments import (
     positive,
 )
 from xfuser.config.cache import METHODS
+from xfuser.config.methods import learning_settings
 from xfuser.config.parser import OneLineParser, with_underscores
 from xfuser.config.refused import refuse_unsupported
+from xfuser.config.settings import add_flags
 from xfuser.core.console import quiet_libraries
 from xfuser.core.files import IMAGE_FORMATS
 from xfuser.model_executor.pipelines.model_types import MODEL_TYPES
@@ -196,7 +198,7 @@ def _add_calibrate(commands: argparse._SubParsersAction[OneLineParser]) -> None:
         help="learn a model's behaviour once",
         usage="xdit calibrate [settings]",
         description="Generate some images without a cache and keep what caches can learn from them: TeaCache's\n"
-        "polynomial, FastCache's maps and noise, the weights of approximation 'fitted'.",
+        "polynomial, FastCache's maps and noise, LazyDiT's gates, the weights of approximation 'fitted'.",
         epilog=START_CALIBRATE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -227,6 +229,9 @@ def _add_calibrate(commands: argparse._SubParsersAction[OneLineParser]) -> None:
         help="trajectory: learn from a run of N times as many steps, 2x to 16x (default: the run itself)",
     )
     level.add_argument("--prompts", type=Path, help="a text file with one prompt a line, taken in turn")
+    group = calibrate.add_argument_group("what single methods learn (--level blocks)")
+    for method, settings in learning_settings():
+        add_flags(group, settings, method)
     calibrate.set_defaults(run=run_calibrate, num_images=16)
 
 

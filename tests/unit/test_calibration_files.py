@@ -49,7 +49,7 @@ def test_a_file_of_the_first_schema_is_read(dit: Toy, once: Callable[[Toy], Cali
     calibration = once(dit)
     old = {"gram": calibration.gram, "output_square": calibration.output_square}
     old |= {"noise": calibration.sections["Fast"]["noise"], "tea": calibration.sections["Tea"]["polynomial"]}
-    old |= {f"maps.{name}": matrix.half() for name, matrix in calibration.sections["linear"].items()}
+    old |= {f"maps.{name}": matrix.half().contiguous() for name, matrix in calibration.sections["linear"].items()}
     path = tmp_path / "old.safetensors"
     save_file(old, path)
     path.with_suffix(".json").write_text(json.dumps({"schema": 1, **calibration.provenance}))

@@ -36,7 +36,8 @@ STEPS = 14
 
 
 def test_every_method_and_mode_has_a_section_of_the_same_form() -> None:
-    assert list(SECTIONS) == [*(name for name in ("Fast", "Tea", "Fb", "Interval")), "budget", "bound", "gate", "blend"]
+    methods = ["Fast", "Tea", "Fb", "Interval", "Ada", "Lazy"]
+    assert list(SECTIONS) == [*methods, "budget", "bound", "gate", "blend"]
     assert set(SECTIONS) == {name for name in POLICIES if name} | set(MODES)
     for name, text in SECTIONS.items():
         assert [part for part in TEMPLATE if f"**{part}**" in text] == list(TEMPLATE), name

@@ -95,7 +95,7 @@ def test_every_setting_with_a_flag_has_it_in_every_command() -> None:
 def test_a_methods_own_settings_are_refused_elsewhere(method: str) -> None:
     other = "Tea" if method != "Tea" else "Fb"
     for each in settings_of(method):
-        value = {bool: True, int: 7, float: 0.5, type(None): 0.5}.get(type(each.default), None)
+        value: Any = {bool: True, int: 7, float: 0.25, type(None): 1}.get(type(each.default))
         if value is None:
             (value,) = [word for word in (setting_of(each).argument or {})["choices"] if word != each.default][:1]
         with pytest.raises(ValueError, match=f"^{each.name} belongs to use_cache='{method}', not to '{other}'"):

@@ -16,9 +16,11 @@ from rich.console import Console
 from benchmark import cache_execute, sensitivity
 from benchmark.outcomes import Run, Unreportable, check
 from benchmark.rows import Row
-from benchmark.sweep import INTERVALS, RANGE, settings_of
+from benchmark.sweep import RANGE, settings_of
 from evaluation.report import frontier, frontier_table, frontiers, sweep_curves, write_report
 from xfuser.config import CacheConfig
+
+INTERVALS = (2, 3, 4, 6, 8)
 
 
 def asked(line: str) -> tuple[list[Any], Any]:
@@ -60,7 +62,13 @@ def test_points_of_a_sweep() -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["--sweep --interval 5", "--sweep --cache_ratio_threshold 0", "--sweep --calibration first"]
+    "line",
+    [
+        "--sweep --interval 5",
+        "--sweep --ada_scale 2",
+        "--sweep --cache_ratio_threshold 0",
+        "--sweep --calibration first",
+    ],
 )
 def test_a_sweep_refuses_what_it_would_ignore(line: str) -> None:
     with pytest.raises(ValueError) as caught:

@@ -7,6 +7,8 @@ from dataclasses import replace
 
 from xfuser.commands.checks import check_conditions, read_prompts
 from xfuser.commands.loaded import load_and_request
+from xfuser.config.methods import learning_settings, policy_class
+from xfuser.config.settings import named_in
 from xfuser.core.console import check_output_folder
 from xfuser.model_executor.cache import apply_cache_on_pipeline
 from xfuser.model_executor.pipelines.calibrate import calibrate_trajectory, check_calibration
@@ -33,15 +35,22 @@ def run_calibrate(args: argparse.Namespace) -> None:
     check_conditions(args)
     check_output_folder(args.output.parent, "--output")
     if args.level == "trajectory":
+        for method, settings in learning_settings():
+            for name in named_in(args, settings):
+                raise ValueError(f"--{name} belongs to --level blocks, where {method} learns; leave it out")
         check_calibration(args)
         calibrate_trajectory(args, *load_and_request(args))
         return
     for name in ("budgets", "reference_steps"):
         if getattr(args, name) is not None:
             raise ValueError(f"--{name} belongs to --level trajectory")
+    named = {}
+    for method, settings in learning_settings():
+        named |= named_in(args, settings)
+        policy_class(method).Section.Config(**named_in(args, settings))  # refused before anything is loaded
     loaded, request = load_and_request(args)
     engine = apply_cache_on_pipeline(loaded.pipeline)
-    engine.record()
+    engine.record(**named)
     for _ in generate_batches(loaded, request):
         pass
     calibration = engine.recorded()

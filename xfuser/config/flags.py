@@ -6,9 +6,11 @@ import re
 from dataclasses import fields
 
 from xfuser.config.cache import CacheConfig
+from xfuser.config.methods import learning_settings
 
 _OTHERS = {"num_steps": "num_inference_steps", "calibration_reference": "reference_steps"}
 _SETTINGS = {each.name for each in fields(CacheConfig)} | {"target_speedup", "min_psnr"} | set(_OTHERS)
+_SETTINGS |= {each.name for _, settings in learning_settings() for each in settings}
 _NAMES = "|".join(sorted(_SETTINGS, key=len, reverse=True))
 _LONG = "|".join(name for name in sorted(_SETTINGS, key=len, reverse=True) if "_" in name)
 

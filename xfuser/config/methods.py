@@ -19,6 +19,8 @@ METHODS = {
     "Tea": "tea.TeaPolicy",
     "Fb": "first_block.FirstBlockPolicy",
     "Interval": "interval.IntervalPolicy",
+    "Ada": "ada.AdaPolicy",
+    "Lazy": "lazy.LazyPolicy",
 }
 
 
@@ -32,6 +34,12 @@ def policy_class(name: str) -> Any:
 def settings_of(name: str | None) -> tuple[Field[Any], ...]:
     """List the settings that belong to one base method alone."""
     return fields(policy_class(name).Config) if name in METHODS else ()
+
+
+def learning_settings() -> list[tuple[str, tuple[Field[Any], ...]]]:
+    """List the settings of ``xdit calibrate`` for single methods, by method."""
+    sections = [(name, policy_class(name).Section) for name in METHODS]
+    return [(name, fields(section.Config)) for name, section in sections if section is not None]
 
 
 def with_threshold() -> tuple[str, ...]:

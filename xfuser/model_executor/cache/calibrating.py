@@ -27,7 +27,7 @@ class Calibrator:
     def __init__(
         self,
         config: CacheConfig,
-        blocks: Sequence[nn.Module],
+        transformer: nn.Module,
         spec: ModelSpec,
         calibration: Calibration | None,
         describe: Callable[[], dict[str, Any]],
@@ -36,7 +36,8 @@ class Calibrator:
         self.recorder: Recorder | None = None
         self.calibration = calibration
         self._first = config.calibration == FIRST
-        self._blocks, self._spec = blocks, spec
+        self._transformer, self._spec = transformer, spec
+        self._blocks = len(spec.blocks(transformer))
         self._describe, self._weights = describe, weights
         self._learned_with: Any = None
         self._records_all = False
@@ -63,9 +64,14 @@ class Calibrator:
         self.recorder = None
         return None if self._first else self.calibration
 
+    def modules(self, index: int, block: nn.Module) -> list[str]:
+        """Name the modules within a block that a recording sees."""
+        sections = build_sections(self._transformer, self._spec, 1, self._settings).values()
+        return list(dict.fromkeys(name for section in sections for name in section.modules(index, block)))
+
     def record(self, settings: Mapping[str, Any]) -> None:
         """From the next generation on, record all; with these settings of sections (TypeError for an unknown one)."""
-        build_sections(self._blocks, self._spec, 1, settings)
+        build_sections(self._transformer, self._spec, 1, settings)
         self._records_all, self._settings = True, dict(settings)
 
     def recorded(self) -> Calibration:
@@ -96,8 +102,8 @@ class Calibrator:
             if num_steps is None:
                 raise ValueError("calibration: the number of steps is unknown; set num_steps")
             if self.recorder is None or self.recorder.expected_steps != num_steps:
-                sections = build_sections(self._blocks, self._spec, num_steps, self._settings)
-                self.recorder = Recorder(len(self._blocks), num_steps, sections)
+                sections = build_sections(self._transformer, self._spec, num_steps, self._settings)
+                self.recorder = Recorder(self._blocks, num_steps, sections)
         else:
             self.recorder = None
             if self.calibration is not None:

@@ -9,7 +9,8 @@ from typing import Any
 
 from xfuser.config import CacheConfig
 from xfuser.model_executor.adapters import denoisers_of, spec_of
-from xfuser.model_executor.cache.engine import CacheEngine, with_threshold
+from xfuser.model_executor.cache.engine import CacheEngine
+from xfuser.model_executor.cache.policies import with_threshold
 
 _NOT_THE_BASE_S = ("use_cache", "enable_adacorrection", "adacorr_budget")
 

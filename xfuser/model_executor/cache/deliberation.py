@@ -107,7 +107,8 @@ class StepPlanner:
     def signal(self, active: CallState, block: nn.Module, probed: Streams | None) -> torch.Tensor:
         """The base method's sums of this step; ``probed`` are the first block's outputs, where it probes it."""
         state = active.branch.policy_state
-        if not (self.placement.stage.is_first or self.policy.observes_blocks):
+        everywhere = self.policy.observes_blocks or self.policy.watches_modules
+        if not (self.placement.stage.is_first or everywhere):
             return torch.zeros(self.policy.signals, device=active.first_inputs[0].device)
         return self.policy.measure(state, block, active.first_arguments, active.first_inputs, probed)
 

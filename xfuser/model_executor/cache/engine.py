@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -29,20 +28,12 @@ from xfuser.model_executor.cache.following import PipelineFollower
 from xfuser.model_executor.cache.foreign import check_no_other_cache, check_not_compiled_whole
 from xfuser.model_executor.cache.parts import Part, check_model, check_one_denoiser
 from xfuser.model_executor.cache.plan import cut
-from xfuser.model_executor.cache.policies import POLICIES, build_policy
+from xfuser.model_executor.cache.policies import build_policy, with_threshold
 from xfuser.model_executor.cache.staged import StageRunner
 from xfuser.model_executor.cache.state import Branch, CallState
 from xfuser.model_executor.cache.statistics import Statistics, StepRecord
 from xfuser.model_executor.cache.steps import BranchKey, Call, StepTracker
 from xfuser.model_executor.pipefusion import Placement, Stage
-
-
-def with_threshold(config: CacheConfig, spec: ModelSpec, transformer: nn.Module) -> CacheConfig:
-    """Take the base method's default threshold for this transformer where the settings name none."""
-    if config.rel_l1_thresh is not None:
-        return config
-    own = spec.threshold(config.use_cache, transformer)
-    return replace(config, rel_l1_thresh=POLICIES[config.use_cache].common_threshold if own is None else own)
 
 
 class CacheEngine:
@@ -83,7 +74,7 @@ class CacheEngine:
         self._follower: PipelineFollower | None = None
         self._build([transformer, *others], spec, calibration)
         for part in self.parts:
-            check_compiled(part.blocks, part.runner.tokens is not None)
+            check_compiled(part.blocks, part.runner.wraps_within)
         self._attach()
 
     def _build(self, transformers: Sequence[nn.Module], spec: ModelSpec, calibration: Calibration | None) -> None:
@@ -97,7 +88,7 @@ class CacheEngine:
         self.statistics = Statistics(len(self.blocks))
         self.placement = self._given_placement or Placement(Stage.alone(len(self.blocks)))
         self.planner = StepPlanner(config, self.policy, self.exchange, self.statistics, calibration, self.placement)
-        self.calibrator = Calibrator(config, self.blocks, spec, calibration, self._describe, self._weights)
+        self.calibrator = Calibrator(config, transformer, spec, calibration, self._describe, self._weights)
         kind = BlockRunner if self.placement.stage.is_alone else StageRunner
         needs = (self.policy, self.planner, self.calibrator, self.placement, self._attention)
         self.parts = [Part(self, each, kind(config, spec, each, *needs)) for each in transformers]
@@ -154,6 +145,7 @@ class CacheEngine:
                 "every rank the file, as calibration='mine.safetensors'"
             )
         self.calibrator.record(settings)
+        self.parts[0].watch(self.calibrator.modules)
 
     def recorded(self) -> Calibration:
         """The calibration from all whole generations since `record`.
@@ -161,7 +153,11 @@ class CacheEngine:
         Raises:
             ValueError: There was none.
         """
-        return self.calibrator.recorded()
+        before, self.paused = self.paused, True  # learning may call the transformer
+        try:
+            return self.calibrator.recorded()
+        finally:
+            self.paused = before
 
     def _describe(self) -> dict[str, Any]:
         known = describe_model(self.transformer, self.blocks)
@@ -255,7 +251,7 @@ class CacheEngine:
             if transformer not in self.transformers:
                 check_transformer_free(transformer)
             check_no_other_cache(transformer)
-            check_compiled(spec.blocks(transformer), self.runner.tokens is not None)
+            check_compiled(spec.blocks(transformer), self.runner.wraps_within)
             before.check(transformer, spec.blocks(transformer), scheduler)
         calibration = before.forget()
         self._detach()
@@ -309,12 +305,14 @@ class CacheEngine:
                 self._start_afresh()
                 raise
         active = self._open(part, call)
+        if self.calibrator.recorder is not None:
+            self.calibrator.recorder.called(call.branch, args, kwargs)
         shapes = (self.parts.index(part), *signature(args, kwargs))
         try:
             if shapes not in self._flops:
                 with FlopCount() as active.counter:
                     output = original(*args, **kwargs)
-                self._flops[shapes] = self._counted(active)
+                self._flops[shapes] = self._counted(part, active)
             else:
                 output = original(*args, **kwargs)
         except BaseException:
@@ -323,14 +321,16 @@ class CacheEngine:
         finally:
             self.active = None
             part.runner.end()
-        self._close(active, self._flops[shapes])
+        self._close(part, active, self._flops[shapes])
         return output
 
-    def _counted(self, active: CallState) -> StepFlops:
+    def _counted(self, part: Part, active: CallState) -> StepFlops:
         """What this call costs on all ranks that share the image, told once for calls of these shapes."""
         outside = active.counted() - active.signal_flops - active.recorder_flops - sum(active.block_flops)
-        *blocks, signal = self.exchange.share([*active.block_flops, active.signal_flops])
-        return StepFlops(tuple(blocks), sum(blocks) + outside * self.placement.branches, signal)
+        modules, count = part.runner.modules.flops, len(active.block_flops)
+        *parts, signal = self.exchange.share([*active.block_flops, *modules, active.signal_flops])
+        blocks = tuple(parts[:count])
+        return StepFlops(blocks, sum(blocks) + outside * self.placement.branches, signal, tuple(parts[count:]))
 
     def _start_afresh(self) -> None:
         self._flush()
@@ -368,7 +368,8 @@ class CacheEngine:
             branch.corrector_state = self._branches.pop(key).corrector_state
         return branch
 
-    def _close(self, active: CallState, flops: StepFlops) -> None:
+    def _close(self, part: Part, active: CallState, flops: StepFlops) -> None:
+        part.runner.close(active, flops)
         self.statistics.add(active.call.branch, active.record, flops)
         self.planner.close(active)
 

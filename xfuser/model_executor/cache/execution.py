@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -14,6 +14,8 @@ from xfuser.model_executor.adapters.streams import StreamForm
 from xfuser.model_executor.cache.attach import Replacement
 from xfuser.model_executor.cache.calibrating import Calibrator
 from xfuser.model_executor.cache.deliberation import StepPlanner
+from xfuser.model_executor.cache.flops import StepFlops
+from xfuser.model_executor.cache.modules import ModuleRunner
 from xfuser.model_executor.cache.partial import TokenRunner
 from xfuser.model_executor.cache.plan import Segment, Span
 from xfuser.model_executor.cache.policies import Policy
@@ -43,11 +45,30 @@ class BlockRunner:
         self.placement = placement
         self.form = StreamForm()
         self.tokens = TokenRunner.where_needed(config, spec, transformer, self.form, attention, placement.may_displace)
+        self.modules = ModuleRunner(policy, calibrator, obeys=config.mode is None)
         self._arguments = [BoundArguments(block.forward) for block in self.blocks]
 
-    def attach(self) -> list[Replacement]:
-        """Wrap the attention modules, where attention sees more than the tokens that a block is run on."""
-        return [] if self.tokens is None else self.tokens.attach()
+    def attach(self, active: Callable[[], CallState | None]) -> list[Replacement]:
+        """Wrap the attention modules, where attention sees more than the tokens that a block is run on, and the modules
+        that the base method watches; ``active`` tells the call that runs.
+        """
+        tokens = [] if self.tokens is None else self.tokens.attach()
+        return tokens + self.modules.attach(self.blocks, self.policy.modules, active)
+
+    @property
+    def wraps_within(self) -> bool:
+        """Whether modules within blocks are wrapped."""
+        watches = any(self.policy.modules(index, block) for index, block in enumerate(self.blocks))
+        return watches or self.tokens is not None
+
+    def close(self, active: CallState, flops: StepFlops) -> None:
+        """Count what was left out within blocks of a call that has ended, by its share of each block's FLOPs."""
+        for place in active.modules_kept:
+            block, _, _ = self.modules.watched[place]
+            if flops.blocks[block] > 0:
+                active.record.evaluated[block] -= flops.modules[place] / flops.blocks[block]
+        if active.modules_kept:
+            active.record.proposed = sum(active.record.evaluated) / len(active.record.evaluated)
 
     def reset(self) -> None:
         """Forget what was counted."""

@@ -18,11 +18,13 @@ class StepFlops:
         blocks: Of each block.
         total: Of the whole transformer, as it is without a cache.
         signal: What the base method's signal costs on top.
+        modules: Of each module within blocks that a method watches.
     """
 
     blocks: tuple[float, ...]
     total: float
     signal: float
+    modules: tuple[float, ...] = ()
 
 
 class FlopCount(TorchDispatchMode):

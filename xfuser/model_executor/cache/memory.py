@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -131,6 +132,27 @@ class BranchMemory:
         """Each remembered tensor once, ``others`` among them: neighbours share theirs."""
         own = (tensor for history in self.references for each in history for tensor in each.tensors())
         return list({id(tensor): tensor for tensor in (*own, *others)}.values())
+
+
+@dataclass
+class ModuleMemory:
+    """What modules of one branch gave at their last evaluation, by their place."""
+
+    outputs: dict[int, Any] = field(default_factory=dict)
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """List all that is remembered."""
+        for output in self.outputs.values():
+            yield from tensors_of(output)
+
+
+def tensors_of(output: Any) -> Iterator[torch.Tensor]:
+    """List the tensors that a module gave: one, or several in a tuple."""
+    if isinstance(output, torch.Tensor):
+        yield output
+    elif isinstance(output, (tuple, list)):
+        for each in output:
+            yield from tensors_of(each)
 
 
 def _detached(streams: Streams) -> Streams:

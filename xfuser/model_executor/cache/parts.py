@@ -73,10 +73,14 @@ class Part:
         if hasattr(self.transformer, "cache_context"):
             wrap = named_contexts(self._engine.note_context)
             self._replacements.append(Replacement(self.transformer, "cache_context", wrap))
-        breaks = self.runner.tokens is not None
+        breaks = self.runner.wraps_within
         for index, block in enumerate(self.blocks):
             self._replacements.append(CompilableBlock(block, self._block_wrapper(index), breaks))
-        self._replacements += self.runner.attach()
+        self._replacements += self.runner.attach(lambda: self._engine.active)
+
+    def watch(self, names: Callable[[int, nn.Module], Sequence[str]]) -> None:
+        """Wrap modules within the blocks, by what names them, for a recording."""
+        self._replacements += self.runner.modules.attach(self.blocks, names, lambda: self._engine.active)
 
     def detach(self) -> None:
         """Leave everything as it was."""

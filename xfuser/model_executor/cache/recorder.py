@@ -36,6 +36,11 @@ class Recorder:
     _gram: torch.Tensor | None = None
     _square: torch.Tensor | None = None
 
+    def called(self, branch: BranchKey, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """The transformer is called for one step of a branch."""
+        for section in self.sections.values():
+            section.called(branch, args, kwargs)
+
     def opens(self, branch: BranchKey, block: nn.Module, arguments: Mapping[str, Any]) -> None:
         """A step begins with the first block, called with these arguments."""
         self._branches.setdefault(branch, []).append({})
@@ -48,6 +53,11 @@ class Recorder:
         self._branches[branch][-1][block] = sampled
         for section in self.sections.values():
             section.sees(branch, block, inputs, outputs)
+
+    def sees_module(self, branch: BranchKey, block: int, name: str, inputs: torch.Tensor, outputs: Any) -> None:
+        """One evaluation of a module within a block."""
+        for section in self.sections.values():
+            section.sees_module(branch, block, name, inputs, outputs)
 
     def finish_generation(self) -> bool:
         """Take the generation in; ``False`` where it was not whole, which leaves everything as it was."""
@@ -73,6 +83,7 @@ class Recorder:
         if self._gram is None or self._square is None:
             raise ValueError("no whole generation was recorded; generate at least one image")
         learned = {name: section.tensors() for name, section in self.sections.items()}
+        learned = {name: tensors for name, tensors in learned.items() if tensors}
         return Calibration(self._gram, self._square, learned, provenance)
 
     def _sample(self, stream: torch.Tensor) -> torch.Tensor:
@@ -84,8 +95,7 @@ class Recorder:
     def _add(self, steps: Samples) -> None:
         rows = [(block, block) for block in range(self.blocks)]
         rows += [
-            (first, _end_of_run(steps[0], first))
-            for first in (min(each, self.blocks - 1) for each in range(RUNS))
+            (first, _end_of_run(steps[0], first)) for first in (min(each, self.blocks - 1) for each in range(RUNS))
         ]
         grams, squares = [], []
         for first, last in rows:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -21,7 +21,7 @@ SECTIONS: dict[str, type[Section]] = {
 
 
 def build_sections(
-    blocks: Sequence[nn.Module], spec: ModelSpec, steps: int, settings: Mapping[str, Any]
+    transformer: nn.Module, spec: ModelSpec, steps: int, settings: Mapping[str, Any]
 ) -> dict[str, Section]:
     """Make all sections for a recording, each with those of the settings that are its own.
 
@@ -35,9 +35,9 @@ def build_sections(
         if setting not in known:
             meant = did_you_mean(setting, known) or ";"
             raise TypeError(f"unknown setting of a calibration {setting}{meant} known are {', '.join(sorted(known))}")
-    return {
-        name: section(
-            Learning(blocks, spec, steps, {key: settings[key] for key in own[name] if key in settings})
-        )
-        for name, section in SECTIONS.items()
-    }
+    blocks = spec.blocks(transformer)
+    sections = {}
+    for name, section in SECTIONS.items():
+        named = {key: value for key, value in settings.items() if key in own[name]}
+        sections[name] = section(Learning(transformer, blocks, spec, steps, named))
+    return sections

@@ -13,7 +13,7 @@ from xfuser.model_executor.adapters import Streams
 from xfuser.model_executor.cache.flops import FlopCount
 from xfuser.model_executor.cache.linear import LinearMaps
 from xfuser.model_executor.cache.measurement import Measured, TokenProbe
-from xfuser.model_executor.cache.memory import BranchMemory
+from xfuser.model_executor.cache.memory import BranchMemory, ModuleMemory
 from xfuser.model_executor.cache.plan import Plan
 from xfuser.model_executor.cache.statistics import StepRecord
 from xfuser.model_executor.cache.steps import Call
@@ -37,6 +37,7 @@ class Branch:
     probe: TokenProbe
     keys: KeyValueMemory
     maps: LinearMaps | None
+    modules: ModuleMemory = field(default_factory=ModuleMemory)
     pending: Pending | None = None
     spatial: dict[int, float] = field(default_factory=dict)
 
@@ -44,12 +45,14 @@ class Branch:
         """Drop every activation: one of them is not finite."""
         self.memory.clear()
         self.keys.clear()
+        self.modules.outputs.clear()
         self.probe.discard()
         self.spatial.clear()
 
     def others(self) -> Iterator[torch.Tensor]:
         """Activations that are kept elsewhere than in ``memory``."""
         yield from self.keys.tensors()
+        yield from self.modules.tensors()
         if self.maps is not None:
             yield from self.maps.tensors()
 
@@ -77,6 +80,7 @@ class CallState:
         plan: What is decided of the step, once it is.
         span_inputs: What the span that runs was given.
         stack_inputs: What the blocks behind the probed ones were given.
+        modules_kept: Places of the modules within blocks that were left out.
         calls: The blocks' calls, where they run later than they are called (PipeFusion).
         counter: Counts this call's FLOPs, where they are not known yet.
     """
@@ -90,6 +94,7 @@ class CallState:
     stack_inputs: Streams = ()
     stack_outputs: Streams = ()
     plan: Plan | None = None
+    modules_kept: list[int] = field(default_factory=list)
     calls: list[BlockCall] = field(default_factory=list)
     counter: FlopCount | None = None
     block_flops: list[float] = field(default_factory=list)

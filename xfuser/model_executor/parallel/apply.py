@@ -32,6 +32,7 @@ from xfuser.model_executor.cache.apply import (
 from xfuser.model_executor.cache.attach import Replacement
 from xfuser.model_executor.cache.engine import CacheEngine
 from xfuser.model_executor.cache.parts import check_model
+from xfuser.model_executor.cache.policies import POLICIES
 from xfuser.model_executor.parallel.autoencoder import ParallelDecoder, check_decoder
 from xfuser.model_executor.parallel.compiled import compile_blocks
 from xfuser.model_executor.parallel.guidance import BatchedBranches, BranchCalls, SchedulerMarks
@@ -362,6 +363,9 @@ def check_combination(config: CacheConfig, parallel: ParallelConfig) -> None:
             f"{name} chooses other tokens on every rank; leave it out where ranks share an image "
             "(--data_parallel_degree goes with it)"
         )
+    reason = POLICIES[config.use_cache].refused_where_shared(config)
+    if reason is not None:
+        raise ValueError(f"{reason}; leave it out where ranks share an image (--data_parallel_degree goes with it)")
     if config.calibration == FIRST:
         raise ValueError("calibration='first' learns from one process; make a file with `xdit calibrate`")
     if parallel.pipefusion_parallel_degree > 1:

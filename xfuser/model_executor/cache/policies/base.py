@@ -27,12 +27,14 @@ class Learning:
     """What a section knows of the generations that are recorded.
 
     Attributes:
-        blocks: The transformer's blocks.
-        spec: How the transformer is cut into them.
+        transformer: The model itself.
+        blocks: Its blocks.
+        spec: How it is cut into them.
         steps: Of every generation.
         settings: Those of the section's own ``Config`` that were named.
     """
 
+    transformer: nn.Module
     blocks: Sequence[nn.Module]
     spec: ModelSpec
     steps: int
@@ -57,11 +59,21 @@ class Section:
         self.learning = learning
         self.settings = self.Config(**learning.settings)
 
+    def called(self, branch: BranchKey, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """The transformer is called with these arguments, for one step of a branch."""
+
     def opens(self, branch: BranchKey, block: nn.Module, arguments: Mapping[str, Any]) -> None:
         """A step of a branch begins with its first block, called with these arguments by name."""
 
     def sees(self, branch: BranchKey, block: int, inputs: Streams, outputs: Streams) -> None:
         """A block was evaluated: its streams before and after it, each of shape [B, P, D]."""
+
+    def modules(self, index: int, block: nn.Module) -> Sequence[str]:
+        """Name the modules within a block that it wants to see, as the block calls them."""
+        return ()
+
+    def sees_module(self, branch: BranchKey, block: int, name: str, inputs: torch.Tensor, outputs: Any) -> None:
+        """A module within a block was evaluated: see `Policy.observe_module`."""
 
     def ends(self, branches: Mapping[BranchKey, Samples]) -> None:
         """A generation has ended; what was seen of branches that are not among the whole ones is to be forgotten.
@@ -71,7 +83,9 @@ class Section:
         """
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Make what is stored, by name. float32 is stored in half precision, float64 as it is."""
+        """Make what is stored, by name; nothing where nothing was seen.
+
+        float32 is stored in half precision, float64 as it is."""
         raise NotImplementedError
 
 
@@ -85,6 +99,9 @@ class Policy:
         approximation: What stands in for a block where nothing corrects the method.
         reads_calibration: Whether it takes anything from a calibration.
         needs_calibration: Whether it cannot do without.
+        watches_modules: Whether its signal comes from modules within blocks, of which every rank sees its own.
+        skips_modules: Whether it leaves out modules within blocks (`keeps_module`).
+        sweep: The setting that trades speed for quality, and values to try, where that is not ``rel_l1_thresh``.
         by_step_number: Whether it decides by the step's number alone: a schedule, that comparisons leave out of "All".
         probe_blocks: Leading blocks that are evaluated before the proposal is made.
         observes_blocks: Whether it wants to see every block's input, evaluated or not, and decides block by block.
@@ -101,6 +118,9 @@ class Policy:
     approximation: ClassVar[str] = "residual"
     reads_calibration: ClassVar[bool] = False
     needs_calibration: ClassVar[bool] = False
+    watches_modules: ClassVar[bool] = False
+    skips_modules: ClassVar[bool] = False
+    sweep: ClassVar[tuple[str, tuple[float, ...]] | None] = None
     by_step_number: ClassVar[bool] = False
     signals: ClassVar[int] = 0
     probe_blocks: ClassVar[int] = 0
@@ -159,6 +179,32 @@ class Policy:
 
     def commit(self, state: Any, evaluated: bool) -> None:
         """What was decided in the end, by whomever."""
+
+    # -- modules within blocks ----------------------------------------------------------------------------------------
+
+    def modules(self, index: int, block: nn.Module) -> Sequence[str]:
+        """Name the modules within a block that it wants to see, as the block calls them."""
+        return ()
+
+    def observe_module(self, state: Any, block: int, name: str, inputs: torch.Tensor, outputs: Any, call: Call) -> None:
+        """A module was evaluated: its first argument [B, P, D], and what it gave: the image's tokens, or a tuple that
+        begins with them. Where a block runs on parts of its tokens, it is called once for each of them.
+        """
+
+    def keeps_module(self, state: Any, block: int, name: str, inputs: torch.Tensor, call: Call) -> bool:
+        """Whether what a module gave at its last evaluation is to stand for it now."""
+        return False
+
+    @classmethod
+    def refused_where_shared(cls, config: CacheConfig) -> str | None:
+        """Say what does not go where several ranks share an image, and why; ``None`` where everything does."""
+        return None
+
+
+def attentions_of(spec: ModelSpec, block: nn.Module) -> list[str]:
+    """Name the modules within a block in which image tokens attend to each other."""
+    names = dict.fromkeys(name for group in spec.groups for name in group.self_attention)
+    return [name for name in names if getattr(block, name, None) is not None]
 
 
 def no_signal(inputs: Streams) -> torch.Tensor:

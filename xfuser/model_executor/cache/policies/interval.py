@@ -27,6 +27,7 @@ class IntervalPolicy(Policy):
         interval: int = count(3, "evaluate every N-th step")
 
     by_step_number: ClassVar[bool] = True
+    sweep: ClassVar[tuple[str, tuple[float, ...]]] = ("interval", (2, 3, 4, 6, 8))
     needs_num_steps: ClassVar[tuple[str, ...]] = ("the last step is whole",)
 
     def measure(
