@@ -1,4 +1,4 @@
-"""What the comparison with other projects counts, forecasts with, and shows."""
+"""What the comparison with other projects counts and forecasts with."""
 
 from __future__ import annotations
 
@@ -14,13 +14,8 @@ from typing import Any, Protocol
 
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from rich.table import Table
 from torch import nn
 
-from evaluation.report.columns import told_from_noise
-from evaluation.report.style import COLOURS, DPI, png
 from xfuser.core.distributed.failing import one_line
 
 TEMPERED = 1e-10  # share of the mean power added to a least-squares fit, against rounding only
@@ -281,62 +276,3 @@ def finished_rows(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
         return []
     document = json.loads(path.read_text(encoding="utf-8"))
     return document["results"] if document["settings"] == settings else []
-
-
-def table_of(rows: Sequence[dict[str, Any]]) -> Table:
-    """Lay the rows out for the terminal; a row that does not run says so."""
-    table = Table(title="PSNR, SSIM and FID to the uncached images, KID to real ones; fine: PSNR to the fine solution")
-    table.add_column("row", no_wrap=True)
-    titles = ("compute", "inside", "speed-up", "PSNR", "worst 10%", "fine", "worst 10%", "SSIM", "FID", "KID", "MB")
-    for title in titles:
-        table.add_column(title, justify="right", no_wrap=True)
-    for row in rows:
-        if row["does_not_run"]:
-            continue
-        fid, held = row["fid_vs_uncached"], row["bytes_held"]
-        table.add_row(
-            row["row"],
-            f"{row['compute']:.3f}",
-            f"{row['compute_inside']:.3f}",
-            f"{row['speedup']:.2f}×",
-            f"{row['psnr']['value']:.2f}",
-            f"{row['psnr_worst_tenth']:.2f}",
-            f"{row['psnr_fine']['value']:.2f}",
-            f"{row['psnr_fine_worst_tenth']:.2f}",
-            f"{row['ssim']['value']:.4f}",
-            "—" if fid is None else f"{fid['value']:.3f}",
-            "—" if not told_from_noise(row["kid_vs_real"]) else f"{row['kid_vs_real']['value']:.4f}",
-            "—" if held is None else f"{held / 1e6:.1f}",
-        )
-    return table
-
-
-def frontier_picture(rows: Sequence[dict[str, Any]], ours: str) -> bytes:
-    """Draw PSNR over work, one line a family, ``ours`` thick: to the uncached images and to the fine solution."""
-    families: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        if not row["does_not_run"] and row["settings"]:
-            families.setdefault(row["family"], []).append(row)
-    figure = Figure(figsize=(12, 10), dpi=DPI, facecolor="white")
-    FigureCanvasAgg(figure)
-    upper, lower = figure.subplots(2, 1, sharex=True)
-    figure.subplots_adjust(left=0.07, right=0.74, top=0.98, bottom=0.06, hspace=0.06)
-    for axes, key, what in ((upper, "psnr", "the uncached images"), (lower, "psnr_fine", "the fine solution")):
-        for index, (family, members) in enumerate(families.items()):
-            members = sorted(members, key=lambda row: row["compute_inside"])
-            axes.plot(
-                [row["compute_inside"] for row in members],
-                [row[key]["value"] for row in members],
-                color="black" if family == ours else COLOURS[index % len(COLOURS)],
-                linestyle=("-", "--", ":", "-.")[index // len(COLOURS) % 4],
-                marker="osD^vPX*"[(index + 3 * (index // 8)) % 8],  # a colour comes back with another marker
-                markersize=5,
-                linewidth=2.4 if family == ours else 1.2,
-                label=family,
-            )
-        axes.set_ylabel(f"PSNR to {what} (dB)")
-        axes.grid(alpha=0.25)
-    lower.set_xlabel("share of the uncached run's work, counted inside the blocks")
-    if families:
-        upper.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=8)
-    return png(figure)

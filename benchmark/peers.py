@@ -2,10 +2,11 @@
 
     python benchmark/peers.py --num_images 64 --seed 500000 --threads 1 --output_dir peers_results
 
-Every row alternates batch by batch with the uncached one. ``compute`` is the share of the work that the transformer's
-blocks did, counted on the blocks themselves, and ``compute_inside`` the same counted on their attention and
-feed-forward, which differs where a cache works inside of blocks. Results: peers.json, frontier.png. A row that fails
-does not stop the others; the exit code is then 1, and 3 where a cache spared nothing.
+Every row alternates batch by batch with the uncached one, but for ``--untimed``. ``compute`` is the share of the work
+that the transformer's blocks did, counted on the blocks themselves, and ``compute_inside`` the same counted on their
+attention and feed-forward, which differs where a cache works inside of blocks. Results: peers.json, frontier.png; the
+README's picture comes from benchmark/peers_report.py. A row that fails does not stop the others; the exit code is then
+1, and 3 where a cache spared nothing.
 """
 
 from __future__ import annotations
@@ -45,13 +46,11 @@ from benchmark.peer_tools import (  # noqa: E402
     HeldBytes,
     described,
     finished_rows,
-    frontier_picture,
     plain,
-    table_of,
 )
+from benchmark.peers_report import OPPONENTS_OF, compare, frontier_picture, table_of  # noqa: E402
 from evaluation.metrics import (  # noqa: E402
     FeatureNetwork,
-    difference_interval,
     frechet_interval,
     gaussian,
     kernel_interval,
@@ -74,8 +73,6 @@ CALIBRATION_SEED = 900_000_000
 CALIBRATION_IMAGES = 16
 WARMUP_SEED = 800_000_000
 IDLE = 0.9999  # a larger share of the work spares nothing
-SLACK = 0.01  # share of the work by which an opponent may exceed a row that it is compared with
-OPPONENTS_OF = "trajectory"
 # Where one of these cannot be put in place, something is wrong here; of another project it is a result.
 OURS = ("trajectory", "Tea", "Fast", "Fb", "Tea+AdaCorrection")
 
@@ -117,11 +114,14 @@ class Comparison:
         folder: Where peers.json is written after each row.
         device: Where to run.
         rows: Rows that are finished already; they are not run again where their settings are the same.
+        timed: Whether every row alternates with the uncached one, which takes most of the time.
     """
 
-    def __init__(self, sampling: Sampling, folder: Path, device: torch.device, rows: list[dict[str, Any]]) -> None:
+    def __init__(
+        self, sampling: Sampling, folder: Path, device: torch.device, rows: list[dict[str, Any]], timed: bool = True
+    ) -> None:
         self.sampling, self.folder, self.device = sampling, folder, device
-        self.rows = rows
+        self.rows, self.timed = rows, timed
         starts = range(0, sampling.num_images, sampling.batch_size)
         self.batches = [range(start, min(start + sampling.batch_size, sampling.num_images)) for start in starts]
         self.scratch = tempfile.TemporaryDirectory(prefix="peers-")
@@ -151,7 +151,7 @@ class Comparison:
         document = {
             "schema": 1,
             "environment": describe_environment(self.device),
-            "settings": run_settings(self.sampling),
+            "settings": run_settings(self.sampling, self.timed),
             "results": self.rows,
             "comparisons": compare(self.rows),
             "failures": {row["row"]: row["does_not_run"] for row in self.rows if row.get("failed")},
@@ -177,7 +177,7 @@ class Comparison:
 
     def _references(self, loaded: LoadedPipeline) -> tuple[np.ndarray, np.ndarray]:
         """Return the uncached images and the fine solution, from the folder where they were made for these settings."""
-        path, settings = self.folder / "references.npz", json.dumps(run_settings(self.sampling), sort_keys=True)
+        path, settings = self.folder / "references.npz", json.dumps(run_settings(self.sampling, True), sort_keys=True)
         if path.is_file():
             with np.load(path) as known:
                 if str(known["settings"]) == settings:
@@ -207,6 +207,8 @@ class Comparison:
         measured = Measured()
         for number, batch in enumerate(self.batches):
             for own in (True, False) if number % 2 else (False, True):
+                if not own and not self.timed:
+                    continue
                 if not own:
                     measured.uncached_seconds.append(self._generate(base.loaded, batch, self.sampling.seed)[1])
                     continue
@@ -269,11 +271,12 @@ def score(measured: Measured, base: Base) -> dict[str, Any]:
     features = features_of(base.network, images)
     enough = len(images) >= SMALLEST_SAMPLE
     shares = measured.work / (np.array(base.work) * len(images))
-    speedup = np.median(np.array(measured.uncached_seconds) / np.array(measured.seconds))
+    timed = len(measured.uncached_seconds) == len(measured.seconds)
+    speedup = float(np.median(np.array(measured.uncached_seconds) / measured.seconds)) if timed else None
     return {
         "compute": float(shares[0]),
         "compute_inside": float(shares[1]),
-        "speedup": float(speedup),
+        "speedup": speedup,
         "psnr": mean_interval(near).to_dict(),
         "psnr_worst_tenth": worst_tenth(near),
         "psnr_fine": mean_interval(fine).to_dict(),
@@ -288,39 +291,17 @@ def score(measured: Measured, base: Base) -> dict[str, Any]:
     }
 
 
-def compare(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Compare each trajectory row with the best row of every other family of no more work, by image."""
-    finished = [row for row in rows if not row["does_not_run"] and row["row"] != UNCACHED]
-    comparisons = []
-    for ours in (row for row in finished if row["family"] == OPPONENTS_OF):
-        best: dict[str, dict[str, Any]] = {}
-        for row in finished:
-            cheap = row["compute_inside"] <= ours["compute_inside"] + SLACK
-            if row["family"] == OPPONENTS_OF or not cheap:
-                continue
-            known = best.get(row["family"])
-            if known is None or row["psnr"]["value"] > known["psnr"]["value"]:
-                best[row["family"]] = row
-        for theirs in best.values():
-            differences = {
-                f"{name}_difference": difference_interval(ours["images"][name], theirs["images"][name]).to_dict()
-                for name in ("psnr", "psnr_fine")
-            }
-            comparisons.append({"row": ours["row"], "against": theirs["row"], **differences})
-    return comparisons
-
-
 @torch.no_grad()
 def features_of(network: FeatureNetwork, images: np.ndarray) -> np.ndarray:
     """Return the feature network's features [N, D] of images [N, H, W, C]."""
     return network(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
 
 
-def run_settings(sampling: Sampling) -> dict[str, Any]:
+def run_settings(sampling: Sampling, timed: bool) -> dict[str, Any]:
     """Name everything that a finished row depends on besides its own settings."""
     names = ("num_images", "batch_size", "num_inference_steps", "guidance_scale", "seed")
     own = {name: getattr(sampling, name) for name in names}
-    return own | {"model": MODEL, "threads": torch.get_num_threads(), "fine_steps": FINE_STEPS}
+    return own | {"model": MODEL, "threads": torch.get_num_threads(), "fine_steps": FINE_STEPS, "timed": timed}
 
 
 def _is_finished(row: dict[str, Any] | None, peer: Peer) -> bool:
@@ -357,6 +338,7 @@ def main() -> None:
     parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's own choice)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu", help="default: %(default)s")
     parser.add_argument("--methods", nargs="+", metavar="TEXT", help="only rows whose name contains one of these")
+    parser.add_argument("--untimed", action="store_true", help="do not measure speed, in half the time or less")
     parser.add_argument("--list", action="store_true", help="print the names of the rows and stop")
     parser.add_argument("--resume", action="store_true", help="skip rows that the output folder has already")
     parser.add_argument("--output_dir", type=Path, default=Path("peers_results"), help="default: %(default)s")
@@ -374,8 +356,9 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     sampling = Sampling(args.num_images, args.batch_size, args.num_inference_steps, GUIDANCE, args.seed)
-    rows = finished_rows(args.output_dir / "peers.json", run_settings(sampling)) if args.resume else []
-    comparison = Comparison(sampling, args.output_dir, choose_device(args.device), rows)
+    settings = run_settings(sampling, not args.untimed)
+    rows = finished_rows(args.output_dir / "peers.json", settings) if args.resume else []
+    comparison = Comparison(sampling, args.output_dir, choose_device(args.device), rows, not args.untimed)
     with _quiet():
         comparison.run(peers)
     document = comparison.write()

@@ -22,11 +22,9 @@ from benchmark.peer_tools import (
     evenly,
     fit_descent,
     fit_least_squares,
-    frontier_picture,
     plain,
-    table_of,
 )
-from benchmark.peers import compare
+from benchmark.peers_report import compare, frontier_picture, short_picture, table_of
 from evaluation.metrics import psnr, worst_tenth
 
 STEPS = 50
@@ -207,7 +205,7 @@ def test_rows_have_names_of_their_own_and_settings_that_survive_json() -> None:
 def test_comparison_takes_the_best_that_is_cheap_enough() -> None:
     def row(name: str, family: str, compute: float, quality: float) -> dict:
         images = {"psnr": [quality] * 4, "psnr_fine": [quality] * 4}
-        named = {"row": name, "family": family, "does_not_run": None, "compute_inside": compute}
+        named = {"row": name, "family": family, "does_not_run": None, "compute_inside": compute, "settings": {"x": 1}}
         return named | {"psnr": {"value": quality}, "images": images}
 
     broken = {"row": "broken", "family": "other", "does_not_run": "does not run: ValueError"}
@@ -227,3 +225,16 @@ def test_table_and_picture_leave_out_what_does_not_run() -> None:
     assert table_of([good, broken]).row_count == 1
     assert frontier_picture([good, broken], "f").startswith(b"\x89PNG")
     assert frontier_picture([broken], "f").startswith(b"\x89PNG")
+
+
+def test_the_short_picture_draws_every_family_that_runs_and_what_is_cheap_enough_of_it() -> None:
+    def row(family: str, compute: float, quality: float, problem: str | None = None) -> dict:
+        named = {"row": f"{family} {compute}", "family": family, "settings": {"x": 1}, "does_not_run": problem}
+        return named | {"compute_inside": compute, "psnr": {"value": quality}}
+
+    rows = [row(f"family {index}", 0.2 + 0.1 * each, 40.0 + each) for index in range(12) for each in range(3)]
+    drawn = short_picture([*rows, row("trajectory", 0.3, 50.0)], "trajectory")
+    assert drawn.startswith(b"\x89PNG")
+    unseen = [row("trajectory", 0.95, 70.0), row("broken", 0.3, 90.0, "does not run")]
+    assert short_picture([*rows, row("trajectory", 0.3, 50.0), *unseen], "trajectory") == drawn
+    assert short_picture(rows, "trajectory") != drawn
