@@ -1,4 +1,4 @@
-"""benchmark/compare_calibrations.py judges calibrations on images that they were not learned from."""
+"""Calibrations that come with tiny-dit: how two are compared, and whose seconds a new one may take."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import pytest
 
 from benchmark.compare_calibrations import check, judge, load_for, table_of
 from benchmark.measure import Sampling
+from scripts.calibrate_tiny_dit import take_timing
+from xfuser.model_executor.cache.adacorrection.trajectory.calibration import Calibration
 from xfuser.model_executor.pipelines.loading import shipped_tiny_dit
 
 SHIPPED = shipped_tiny_dit() / "calibration" / "trajectory"
@@ -54,3 +56,15 @@ def test_images_that_were_learned_from_do_not_judge(seed: int) -> None:
 def test_the_images_next_to_those_learned_from_do() -> None:
     for seed in (LEARNED_FROM - 2, LEARNED_FROM + 16):
         check([SHIPPED / "ddim-20.safetensors"], 2, seed)
+
+
+def test_seconds_are_taken_from_a_file_of_the_same_grid_only(tmp_path: Path) -> None:
+    known = Calibration.load(SHIPPED / "ddim-20.safetensors")
+    measured = known.timing
+    known.timing = {"denoiser": 9.0, "outside": 1.0, "half_share": 0.9}
+    take_timing(known, SHIPPED / "ddim-20.safetensors")
+    assert known.timing == measured
+    with pytest.raises(ValueError, match="another model, scheduler or number of steps"):
+        take_timing(known, SHIPPED / "ddim-28.safetensors")
+    known.save(tmp_path / "saved.safetensors", compact=True)
+    assert Calibration.load(tmp_path / "saved.safetensors").timing == measured
