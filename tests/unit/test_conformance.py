@@ -15,9 +15,12 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from toys import ALWAYS, LEVELS, Toy, attached, drive, wrapped
 
+from xfuser.config import CacheConfig
+from xfuser.config.methods import with_threshold
 from xfuser.core.shards import narrow_batch, part
 from xfuser.model_executor.adapters import SMALL, BoundArguments, denoisers_of, dit, spec_of
 from xfuser.model_executor.cache.adacorrection.trajectory.branches import sample_of
+from xfuser.model_executor.cache.policies import with_threshold as with_family_threshold
 
 STEPS = 5
 SKIPPING = {"use_cache": "Tea", "rel_l1_thresh": ALWAYS}
@@ -64,7 +67,8 @@ def test_a_spec_names_what_exists(toy: Toy) -> None:
             arguments = (*group.takes, *group.returns, *(each.name for each in group.per_token))
             assert set(arguments) <= set(inspect.signature(block.forward).parameters)
             assert any(hasattr(block, name) for name in group.self_attention)
-        assert all(spec.threshold(method, denoiser) for method in ("Fast", "Tea", "Fb"))
+        for method in with_threshold():
+            assert with_family_threshold(CacheConfig(use_cache=method), spec, denoiser).rel_l1_thresh > 0
         counted = sum(denoiser.config.get(name) or 0 for name in spec.layer_counts)
         assert counted == len(blocks) or not spec.same_tokens
 

@@ -85,7 +85,7 @@ def test_what_is_refused_leaves_the_one_before_in_place(flux: Toy, apply: Apply)
         ({"rel_l1_tresh": 0.1}, TypeError),
         ({"return_hidden_states_first": True}, ValueError),
         ({"use_cache": "Fast", "calibration": "/nowhere.safetensors", "num_steps": 8}, ValueError),
-        ({"use_cache": "Ada"}, ValueError),
+        ({"use_cache": "Magic"}, ValueError),
         ({"use_cache": "Fast", "enable_token_merge": True}, ValueError),
     ]
     for settings, error in refused:
