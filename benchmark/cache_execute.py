@@ -69,9 +69,9 @@ from xfuser.core.distributed.environment import (  # noqa: E402
     leave_processes,
     world_size,
 )
-from xfuser.core.distributed.failing import begin_together, end, watch  # noqa: E402
 from xfuser.core.distributed.launch import start_processes  # noqa: E402
 from xfuser.core.distributed.mesh import ParallelMesh  # noqa: E402
+from xfuser.core.distributed.shutdown import begin_together, end, watch  # noqa: E402
 from xfuser.core.files import write_json  # noqa: E402
 from xfuser.model_executor.cache.adacorrection.trajectory.calibration import is_trajectory  # noqa: E402
 from xfuser.model_executor.cache.policies import POLICIES  # noqa: E402
@@ -79,8 +79,8 @@ from xfuser.model_executor.parallel import check_combination  # noqa: E402
 from xfuser.model_executor.pipelines import MODEL_TYPES, LoadedPipeline, load_pipeline  # noqa: E402
 from xfuser.model_executor.pipelines.choosing import resolve_model  # noqa: E402
 from xfuser.model_executor.pipelines.generate import save_image  # noqa: E402
+from xfuser.model_executor.pipelines.geometry import geometry_of  # noqa: E402
 from xfuser.model_executor.pipelines.loading import shipped_tiny_dit  # noqa: E402
-from xfuser.model_executor.pipelines.outline import outline  # noqa: E402
 
 NAME = "cache_execute"
 RESULTS = "cache_execute_results.json"
@@ -241,7 +241,7 @@ def check_parallel(args: argparse.Namespace, parallel: ParallelConfig, rows: lis
     if launched():
         parallel.check_world(world_size())
     if parallel.world_size > 1:
-        outline(args.model_type, args.model, args.height, args.width).check(parallel)
+        geometry_of(args.model_type, args.model, args.height, args.width).check(parallel)
 
 
 def execute(args: argparse.Namespace, console: Console) -> dict[str, Any] | None:

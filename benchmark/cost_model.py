@@ -4,8 +4,8 @@ Nothing in here is measured. `benchmark/scaling.py` holds the model against what
 
 What is counted, for one image:
 
-- Blocks: matrix products and attention (`xfuser.model_executor.cache.flops` counts the same ones), shared evenly by
-  the sequence group, plus a fixed time a block that does not shrink with its tokens (launching its kernels).
+- Blocks: matrix products and attention (`xfuser.model_executor.cache.blocks.flops` counts the same ones), shared evenly
+  by the sequence group, plus a fixed time a block that does not shrink with its tokens (launching its kernels).
 - Embedding and tail: on all tokens, on every rank; sharing the tokens does not make them shorter.
 - Ulysses: 4 all-to-alls a block (query, key, value, output), of which (u - 1)/u of a rank's tensor leaves the rank.
 - Ring: r - 1 passes of keys and values a block, behind the attention on the part before where ``overlaps``.

@@ -95,7 +95,7 @@ class Judge:
         by_method = {run.row.method: run for run in runs if run.inactive is None}
         pairs = []
         for run in by_method.values():
-            base, stand_in = run.row.base, run.row.config.stand_in
+            base, stand_in = run.row.base, run.row.config.predictor
             opponents: tuple[str | None, ...] = ()
             if run.row.config.mode is not None:
                 opponents = (base, f"{base}[{stand_in}]", f"None[steps of {base}]")
@@ -175,7 +175,7 @@ def _settings(run: Run) -> dict[str, Any]:
         return {"num_inference_steps": float(np.mean(run.steps))}
     if run.row.base is None:
         return {}
-    settings["approximation"] = run.row.config.stand_in
+    settings["approximation"] = run.row.config.predictor
     if run.row.config.mode is not None:
         settings["adacorr_mode"] = run.row.config.mode
     if run.row.trajectory is not None:

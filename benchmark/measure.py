@@ -16,8 +16,8 @@ from benchmark.outcomes import Run, Unreportable, check, leave_out
 from benchmark.rows import Row
 from xfuser.config import CacheConfig
 from xfuser.core.distributed.environment import synchronize
-from xfuser.core.distributed.failing import one_line
 from xfuser.core.distributed.mesh import ParallelMesh
+from xfuser.core.distributed.shutdown import one_line
 from xfuser.model_executor.cache import CacheEngine, apply_cache_on_pipeline
 from xfuser.model_executor.cache.adacorrection.trajectory import TrajectoryEngine, attach_trajectory
 from xfuser.model_executor.cache.adacorrection.trajectory.calibration import Calibration

@@ -11,7 +11,7 @@ import torch
 
 from benchmark.matching import ALLOWED, Match
 from benchmark.rows import Row, dial_of
-from xfuser.model_executor.cache.flops import StepFlops
+from xfuser.model_executor.cache.blocks.flops import StepFlops
 
 FAILED, INACTIVE = 1, 3  # exit codes: some row failed; all rows are there, and some cache did nothing
 

@@ -16,7 +16,7 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
-from xfuser.core.distributed.failing import one_line
+from xfuser.core.distributed.shutdown import one_line
 
 TEMPERED = 1e-10  # share of the mean power added to a least-squares fit, against rounding only
 

@@ -137,16 +137,16 @@ def rows_of(base: str, settings: dict[str, Any], corrected: bool, correction: Co
     approximation = correction.approximation
     rows = [Row(base, base, plain)]
     if not corrected:
-        if approximation not in (None, plain.stand_in) and not POLICIES[plain.use_cache].skips_modules:
+        if approximation not in (None, plain.predictor) and not POLICIES[plain.use_cache].skips_modules:
             rows.append(Row(f"{base}[{approximation}]", base, _readable(settings, approximation)))
         return rows
     # How the base method alone exchanges its sums is no concern of its reviewer.
     reviewed = {name: value for name, value in settings.items() if name != "sync"}
     config = CacheConfig(**(reviewed | {"approximation": approximation} | correction.settings))
-    if config.stand_in not in ("activation", plain.stand_in) and not POLICIES[plain.use_cache].skips_modules:
-        if config.stand_in == "fitted":
+    if config.predictor not in ("activation", plain.predictor) and not POLICIES[plain.use_cache].skips_modules:
+        if config.predictor == "fitted":
             rows.append(Row(f"{base}[taylor-1]", base, _readable(settings, "taylor-1")))
-        rows.append(Row(f"{base}[{config.stand_in}]", base, _readable(settings, config.stand_in)))
+        rows.append(Row(f"{base}[{config.predictor}]", base, _readable(settings, config.predictor)))
     if correction.match_compute:
         _check_searchable(config)
     matched = config.mode == "budget" and config.adacorr_budget is None and not correction.match_compute
@@ -159,7 +159,7 @@ def _readable(settings: dict[str, Any], approximation: str | None = None) -> Cac
     without = {name: value for name, value in settings.items() if name != "calibration"}
     if approximation != "fitted" and not POLICIES[settings["use_cache"]].needs_calibration:
         plain = CacheConfig(**without, approximation=approximation)
-        if not reads_calibration(plain.use_cache, plain.stand_in):
+        if not reads_calibration(plain.use_cache, plain.predictor):
             return plain
     return CacheConfig(**settings, approximation=approximation)
 

@@ -29,12 +29,12 @@ from xfuser.core.distributed.environment import (  # noqa: E402
     leave_processes,
     synchronize,
 )
+from xfuser.core.distributed.exchange import SumExchange  # noqa: E402
 from xfuser.core.distributed.mesh import ParallelMesh  # noqa: E402
-from xfuser.core.distributed.statistics import SumExchange  # noqa: E402
 from xfuser.core.files import write_json  # noqa: E402
 from xfuser.model_executor.adapters import BoundArguments, spec_of  # noqa: E402
 from xfuser.model_executor.cache import apply_cache_on_pipeline  # noqa: E402
-from xfuser.model_executor.cache.attach import scheduler_calls  # noqa: E402
+from xfuser.model_executor.cache.patching import scheduler_calls  # noqa: E402
 from xfuser.model_executor.parallel import parallelize  # noqa: E402
 from xfuser.model_executor.parallel.apply import ParallelPipeline  # noqa: E402
 from xfuser.model_executor.parallel.guidance import sample_of  # noqa: E402

@@ -8,10 +8,10 @@ import pytest
 import torch
 from pool import SMALL, Job, Outcome, Pool, alone, loaded, run
 
-from xfuser.core.distributed.statistics import Disagreement, SumExchange
-from xfuser.core.shards import Extent, part
+from xfuser.core.distributed.exchange import Disagreement, SumExchange
+from xfuser.core.tokens import Extent, part
 from xfuser.model_executor.cache.adacorrection.offset import drift_sums, offset_sums
-from xfuser.model_executor.cache.measurement import sample_tokens
+from xfuser.model_executor.cache.blocks.probe import sample_tokens
 from xfuser.model_executor.cache.policies.base import relative_sums
 from xfuser.model_executor.parallel import ParallelPipeline
 

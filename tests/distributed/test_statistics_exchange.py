@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from xfuser.core.distributed.statistics import SumExchange
+from xfuser.core.distributed.exchange import SumExchange
 
 SECONDS = 90
 LENGTHS = (1, 7, 513)

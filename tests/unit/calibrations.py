@@ -10,8 +10,8 @@ import pytest
 import torch
 from toys import Toy, attached
 
-from xfuser.model_executor.cache.calibration import Calibration
-from xfuser.model_executor.cache.linear import maps_in
+from xfuser.model_executor.cache.calibration.linear import maps_in
+from xfuser.model_executor.cache.calibration.store import Calibration
 
 STEPS = 8
 FITTED = {"approximation": "fitted", "rel_l1_thresh": 0.15}

@@ -12,8 +12,8 @@ import torch
 from toys import FAMILIES, ScriptedTransformer, Toy, attached, drive, growing_values, scripted_engine, wrapped
 
 from xfuser.model_executor.cache.approximation import ORDERS, Extrapolation, extrapolation_weights, remainder
-from xfuser.model_executor.cache.memory import BranchMemory
-from xfuser.model_executor.cache.plan import Span
+from xfuser.model_executor.cache.blocks.history import BlockHistory
+from xfuser.model_executor.cache.blocks.plan import Span
 
 
 @pytest.mark.parametrize(
@@ -111,10 +111,10 @@ def test_history_lengths() -> None:
     assert lengths == {"activation": 1, "residual": 1, "taylor-1": 2, "taylor-2": 3}
 
 
-def filled_memory(linked: bool) -> tuple[BranchMemory, list[list[torch.Tensor]]]:
+def filled_memory(linked: bool) -> tuple[BlockHistory, list[list[torch.Tensor]]]:
     """Three units of two streams, evaluated at steps 0 and 2, and what was stored: the states before and after each."""
     generator = torch.Generator().manual_seed(0)
-    memory = BranchMemory(units=3, length=2)
+    memory = BlockHistory(units=3, length=2)
     states = []
     for step in (0, 2):
         chain = [tuple(torch.randn(2, 1, 4, 3, generator=generator)) for _ in range(4)]
@@ -131,10 +131,10 @@ def test_a_run_stands_in_as_the_sum_of_its_blocks() -> None:
     assert memory.nodes(1) == (2, 0)
     inputs = tuple(torch.ones(2, 1, 4, 3))
     weights = (1.5, -0.5)
-    outputs = memory.stand_in(Span(0, 2), inputs, weights)
+    outputs = memory.predict(Span(0, 2), inputs, weights)
     one_by_one = inputs
     for unit in range(3):
-        one_by_one = memory.stand_in(Span(unit, unit), one_by_one, weights)
+        one_by_one = memory.predict(Span(unit, unit), one_by_one, weights)
     for stream in range(2):
         old, new = ([chain[unit + 1][stream] - chain[unit][stream] for unit in range(3)] for chain in states)
         expected = inputs[stream] + 1.5 * sum(new) - 0.5 * sum(old)

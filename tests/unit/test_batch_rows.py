@@ -8,7 +8,7 @@ import pytest
 import torch
 from toys import ALL_FAMILIES, Toy
 
-from xfuser.core.shards import narrow_batch
+from xfuser.core.tokens import narrow_batch
 from xfuser.model_executor.adapters import BoundArguments, spec_of
 
 PER_IMAGE = ("hidden_states", "ip_hidden_states", "timestep")

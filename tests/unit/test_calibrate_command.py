@@ -16,7 +16,7 @@ from toys import ALWAYS, Toy, attached
 
 from xfuser.cli import main
 from xfuser.model_executor.cache import CacheEngine
-from xfuser.model_executor.cache.calibration import Calibration
+from xfuser.model_executor.cache.calibration.store import Calibration
 from xfuser.model_executor.pipelines.loading import shipped_tiny_dit
 
 # -- the command ---------------------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ from calibrations import STEPS, calibration_of, maps_of, noise_of, polynomial_of
 from toys import ALL_FAMILIES, ALWAYS, FAMILIES, Toy, attached, drive
 
 from xfuser.model_executor.adapters import spec_of
-from xfuser.model_executor.cache.calibration import Calibration, FittedWeights
-from xfuser.model_executor.cache.linear import RIDGE as MAP_RIDGE
+from xfuser.model_executor.cache.calibration.linear import RIDGE as MAP_RIDGE
+from xfuser.model_executor.cache.calibration.store import Calibration, FittedWeights
 from xfuser.model_executor.cache.policies.tea import fit_polynomial
 
 # -- weights -------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from toys import Toy, attached
 
 from xfuser.model_executor.adapters.dit import build_small as build_toy_dit
 from xfuser.model_executor.cache import apply_cache_on_pipeline, apply_cache_on_transformer
-from xfuser.model_executor.cache.calibration import Calibration
+from xfuser.model_executor.cache.calibration.store import Calibration
 from xfuser.model_executor.pipelines.loading import shipped_tiny_dit
 
 # -- files ---------------------------------------------------------------------------------------------------------

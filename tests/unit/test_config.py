@@ -162,7 +162,7 @@ def test_modes_and_stand_ins_follow_from_what_is_named(
     settings: dict[str, Any], mode: str | None, stand_in: str
 ) -> None:
     config = CacheConfig(**settings)
-    assert (config.mode, config.stand_in) == (mode, stand_in)
+    assert (config.mode, config.predictor) == (mode, stand_in)
 
 
 def test_the_limits_of_every_range_are_allowed() -> None:

@@ -17,7 +17,7 @@ from toys import ALWAYS, LEVELS, Toy, attached, drive, wrapped
 
 from xfuser.config import CacheConfig
 from xfuser.config.methods import with_threshold
-from xfuser.core.shards import narrow_batch, part
+from xfuser.core.tokens import narrow_batch, part
 from xfuser.model_executor.adapters import SMALL, BoundArguments, denoisers_of, dit, spec_of
 from xfuser.model_executor.cache.adacorrection.trajectory.branches import sample_of
 from xfuser.model_executor.cache.policies import with_threshold as with_family_threshold

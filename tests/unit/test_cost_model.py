@@ -27,8 +27,8 @@ from benchmark.cost_model import (
     wan_outside_flops,
 )
 from xfuser import apply_cache_on_transformer
-from xfuser.core.distributed.statistics import SumExchange
-from xfuser.model_executor.cache.flops import FlopCount
+from xfuser.core.distributed.exchange import SumExchange
+from xfuser.model_executor.cache.blocks.flops import FlopCount
 
 # 2 blocks of 100 FLOPs, 10 tokens of 4 channels; a FLOP a second, a byte an element, a byte a second, no latency.
 WORK = Workload("hand", (Blocks(2, 100.0),), width=4, heads=2, tokens=10, outside_flops=10.0, output_numbers=8)

@@ -27,7 +27,7 @@ from toys import (
 from xfuser.config import CacheConfig
 from xfuser.model_executor.adapters import dit as dit_adapter
 from xfuser.model_executor.cache import CacheEngine
-from xfuser.model_executor.cache.calibration import Calibration
+from xfuser.model_executor.cache.calibration.store import Calibration
 from xfuser.model_executor.cache.policies.fast import FastPolicy, FastState
 from xfuser.model_executor.cache.steps import Call
 

@@ -23,11 +23,11 @@ from xfuser.model_executor.cache.adacorrection.base import Observation, StepCont
 from xfuser.model_executor.cache.adacorrection.offset import OffsetRow
 from xfuser.model_executor.cache.adacorrection.published.gate import LONGEST_LAG, GateCorrector, GateState, LayerGate
 from xfuser.model_executor.cache.approximation import Extrapolation
-from xfuser.model_executor.cache.linear import LinearMaps
-from xfuser.model_executor.cache.memory import Reference
-from xfuser.model_executor.cache.plan import Plan, cut
+from xfuser.model_executor.cache.blocks.history import Reference
+from xfuser.model_executor.cache.blocks.plan import Plan, cut
+from xfuser.model_executor.cache.blocks.token_choice import TokenChoice
+from xfuser.model_executor.cache.calibration.linear import LinearMaps
 from xfuser.model_executor.cache.steps import Call
-from xfuser.model_executor.cache.tokens import TokenChoice
 from xfuser.model_executor.pipelines.loading import shipped_tiny_dit
 
 GATE: dict[str, Any] = {"enable_adacorrection": True, "adacorr_mode": "gate"}
@@ -355,7 +355,7 @@ def test_the_true_error_is_that_of_what_would_have_stood_in(dit: Toy, approximat
         for step in range(1, 5):
             inputs, outputs = steps[step]
             if approximation == "linear":
-                (standing,) = maps.stand_in(block, (inputs,), references[step - 1])
+                (standing,) = maps.predict(block, (inputs,), references[step - 1])
                 maps.learn(block, references[step - 1], references[step])
             else:
                 standing = inputs + steps[step - 1][1] - steps[step - 1][0]

@@ -183,4 +183,4 @@ def test_what_is_allowed() -> None:
 )
 def test_what_follows_from_what_is_named(settings: dict[str, Any], mode: str | None, stand_in: str) -> None:
     config = CacheConfig(**settings)
-    assert (config.mode, config.stand_in) == (mode, stand_in)
+    assert (config.mode, config.predictor) == (mode, stand_in)

@@ -19,7 +19,7 @@ from xfuser.cli import main
 from xfuser.config import CacheConfig, ParallelConfig
 from xfuser.model_executor.adapters import BlockGroup
 from xfuser.model_executor.cache import CacheEngine, apply_cache_on_pipeline
-from xfuser.model_executor.cache.calibration import Calibration
+from xfuser.model_executor.cache.calibration.store import Calibration
 from xfuser.model_executor.cache.policies.lazy_training import fit_gates, needed_evaluations
 from xfuser.model_executor.parallel import check_combination
 

@@ -12,8 +12,8 @@ from toys import (
     attached,
 )
 
-from xfuser.model_executor.cache.linear import FULL_CHANNELS, RIDGE, LinearMap, LinearMaps
-from xfuser.model_executor.cache.memory import Reference
+from xfuser.model_executor.cache.blocks.history import Reference
+from xfuser.model_executor.cache.calibration.linear import FULL_CHANNELS, RIDGE, LinearMap, LinearMaps
 
 
 def applied(fitted: LinearMap, change: torch.Tensor) -> torch.Tensor:
@@ -72,8 +72,8 @@ def test_where_nothing_moved_the_residual_is_reused(channels: int) -> None:
     maps = LinearMaps()
     older, newer = (Reference(step, (inputs,), (outputs,)) for step in (0, 1))
     maps.learn(0, older, newer)
-    assert torch.equal(maps.stand_in(0, (later,), newer)[0], later + (outputs - inputs))
-    assert torch.equal(LinearMaps().stand_in(0, (later,), newer)[0], later + (outputs - inputs))
+    assert torch.equal(maps.predict(0, (later,), newer)[0], later + (outputs - inputs))
+    assert torch.equal(LinearMaps().predict(0, (later,), newer)[0], later + (outputs - inputs))
 
 
 def test_streams_and_blocks_have_maps_of_their_own() -> None:
@@ -91,7 +91,7 @@ def test_streams_and_blocks_have_maps_of_their_own() -> None:
         references[block] = pairs[1]
     for block, reference in references.items():
         inputs = tuple(torch.randn(2, 1, 300, 3, generator=generator))
-        outputs = maps.stand_in(block, inputs, reference)
+        outputs = maps.predict(block, inputs, reference)
         for stream in (0, 1):
             change = inputs[stream] - reference.inputs[stream]
             slope = (outputs[stream] - inputs[stream] - slopes[block, stream] * reference.inputs[stream]) / change
@@ -108,7 +108,7 @@ def test_the_newest_pair_is_learned_when_the_map_is_applied() -> None:
     maps = LinearMaps()
 
     def slope(reference: Reference) -> float:
-        (result,) = maps.stand_in(0, (reference.inputs[0] + 1,), reference)
+        (result,) = maps.predict(0, (reference.inputs[0] + 1,), reference)
         return result.item() - reference.outputs[0].item() - 1
 
     maps.learn(0, *evaluations[:2])

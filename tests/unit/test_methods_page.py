@@ -17,7 +17,7 @@ from xfuser.model_executor.cache.adacorrection.base import Observation, StepCont
 from xfuser.model_executor.cache.adacorrection.offset import OffsetRow
 from xfuser.model_executor.cache.adacorrection.published.bound import BoundCorrector
 from xfuser.model_executor.cache.approximation import Extrapolation
-from xfuser.model_executor.cache.plan import cut
+from xfuser.model_executor.cache.blocks.plan import cut
 from xfuser.model_executor.cache.policies import POLICIES
 from xfuser.model_executor.cache.steps import Call
 from xfuser.model_executor.pipelines import MODEL_TYPES

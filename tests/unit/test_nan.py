@@ -12,7 +12,7 @@ import torch
 from toys import ALWAYS, FAMILIES, Toy, attached, wrapped
 
 from xfuser.model_executor.cache import CacheEngine
-from xfuser.model_executor.cache.memory import Reference
+from xfuser.model_executor.cache.blocks.history import Reference
 
 STEPS = 9
 PLANT_AFTER = 3

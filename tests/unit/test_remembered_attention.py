@@ -13,7 +13,7 @@ from toys import ALL_FAMILIES, Toy, attached, choosing, drive
 
 from xfuser.core.attention import KeyValueMemory
 from xfuser.model_executor.adapters import spec_of
-from xfuser.model_executor.cache.tokens import TokenChoice
+from xfuser.model_executor.cache.blocks.token_choice import TokenChoice
 
 STEPS = 8
 WARMUP = 3

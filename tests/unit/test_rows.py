@@ -89,7 +89,7 @@ def test_settings_of_the_rows() -> None:
         assert [row.config.use_cache for row in group] == [base] * 3
         assert [row.config.rel_l1_thresh for row in group] == [threshold] * 3
         assert [row.config.mode for row in group] == [None, None, "budget"]
-        assert [row.config.stand_in for row in group] == ["residual", "taylor-1", "taylor-1"]
+        assert [row.config.predictor for row in group] == ["residual", "taylor-1", "taylor-1"]
         assert [row.matched for row in group] == [False, False, True]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from toys import ALWAYS, FAMILIES, LEVELS, Toy, attached, counted, drive
 
-from xfuser.model_executor.cache.measurement import sample_tokens
+from xfuser.model_executor.cache.blocks.probe import sample_tokens
 
 STEPS = 10
 BUDGET = {"enable_adacorrection": True, "adacorr_budget": 0.5}

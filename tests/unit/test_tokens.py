@@ -16,9 +16,9 @@ from toys import ALL_FAMILIES, Toy, attached, choosing, drive, wrapped
 from xfuser.model_executor.adapters import SMALL, spec_of
 from xfuser.model_executor.adapters.dit import build_small as build_toy_dit
 from xfuser.model_executor.cache import CacheEngine, apply_cache_on_transformer
-from xfuser.model_executor.cache.linear import RIDGE
-from xfuser.model_executor.cache.partial import TokenRunner
-from xfuser.model_executor.cache.tokens import TokenChoice
+from xfuser.model_executor.cache.blocks.token_choice import TokenChoice
+from xfuser.model_executor.cache.blocks.token_runner import TokenRunner
+from xfuser.model_executor.cache.calibration.linear import RIDGE
 
 STEPS = 8
 WARMUP = 3

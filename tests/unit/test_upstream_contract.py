@@ -119,7 +119,7 @@ def test_settings_of_fastcache_are_read_by_it(flux: Toy, apply: Apply, caplog: p
     theirs = {"significance_level": 0.1, "enable_enhanced_linear_approx": True, "enable_token_merge": False}
     apply(flux.transformer, use_cache="Fast", motion_threshold=0.1, token_merge_k=5, merge_ratio=0.5, **theirs)
     config = xfuser.cache_engine_of(flux.transformer).config
-    assert (config.motion_threshold, config.significance, config.stand_in) == (0.1, 0.1, "linear")
+    assert (config.motion_threshold, config.significance, config.predictor) == (0.1, 0.1, "linear")
     assert lines(caplog) == []
 
 

@@ -241,7 +241,7 @@ def test_a_warm_up_leaves_nothing_behind(method: dict[str, Any], calibration: di
         if warm:
             pipe.prepare_run(arguments, steps=8)
             assert pipe.parallel.summary()["steps"] == 0
-            assert pipe.parallel.placement.warmup_steps == 1
+            assert pipe.parallel.partition.warmup_steps == 1
         images += [drawn(pipe, num_inference_steps=8) for _ in range(2)]
         hits.append(pipe.parallel.summary()["hit_rate"])
     assert np.array_equal(images[0], images[2]) and np.array_equal(images[1], images[3])

@@ -16,7 +16,7 @@ from torch import nn
 from xfuser.config import CacheConfig
 from xfuser.model_executor.adapters import SMALL, BlockGroup, ModelSpec, SmallPipeline, denoisers_of, spec_of
 from xfuser.model_executor.cache import CacheEngine, apply_cache_on_pipeline, apply_cache_on_transformer
-from xfuser.model_executor.cache.tokens import TokenChoice
+from xfuser.model_executor.cache.blocks.token_choice import TokenChoice
 
 FAMILIES = ("dit", "flux")  # one stream and two: what most tests run on
 ALL_FAMILIES = (*FAMILIES, "pixart", "sd3")

@@ -22,16 +22,16 @@ from xfuser.config.arguments import GOALS, cache_settings, parallel_config, traj
 from xfuser.config.parallel import ParallelConfig
 from xfuser.core.distributed import launch
 from xfuser.core.distributed.environment import choose_device, join_processes, launched, rank, world_size
-from xfuser.core.distributed.failing import begin_together, decided_by_first, finish, watch
 from xfuser.core.distributed.mesh import ParallelMesh
+from xfuser.core.distributed.shutdown import begin_together, decided_by_first, finish, watch
 from xfuser.model_executor.cache.adacorrection.trajectory import TrajectoryConfig
 from xfuser.model_executor.cache.apply import spends_as_base
 from xfuser.model_executor.parallel import AlonePipeline, ParallelPipeline, check_combination, parallelize
 from xfuser.model_executor.pipelines.choosing import resolve_model
 from xfuser.model_executor.pipelines.generate import batches_of, generate_images
+from xfuser.model_executor.pipelines.geometry import geometry_of
 from xfuser.model_executor.pipelines.loading import LoadedPipeline
 from xfuser.model_executor.pipelines.model_types import MODEL_TYPES
-from xfuser.model_executor.pipelines.outline import outline
 from xfuser.model_executor.pipelines.outputs import Outputs
 from xfuser.model_executor.pipelines.screens import print_summary
 
@@ -69,7 +69,7 @@ def run_generate(args: argparse.Namespace) -> None:
     if launched():
         parallel.check_world(world_size())
     if parallel.world_size > 1:
-        outline(args.model_type, args.model, args.height, args.width).check(parallel)
+        geometry_of(args.model_type, args.model, args.height, args.width).check(parallel)
     outputs = outputs_of(args)
     if not launched():
         outputs.check()

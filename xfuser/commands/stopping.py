@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NoReturn
 
 from xfuser.config.flags import in_flags
-from xfuser.core.distributed.failing import USAGE, end
+from xfuser.core.distributed.shutdown import USAGE, end
 
 
 def stop(command: str, error: Exception) -> NoReturn:

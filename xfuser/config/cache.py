@@ -159,9 +159,9 @@ class CacheConfig(*reversed(_SECTIONS), CorrectionSettings, SharedSettings):  # 
             raise ValueError("approximation='linear' belongs to a base method alone, not under AdaCorrection")
 
     def _check_calibration(self) -> None:
-        if self.calibration is not None and not reads_calibration(self.use_cache, self.stand_in):
+        if self.calibration is not None and not reads_calibration(self.use_cache, self.predictor):
             raise ValueError(
-                f"calibration: nothing reads it with use_cache={self.use_cache!r} and approximation={self.stand_in!r}"
+                f"calibration: nothing reads it with use_cache={self.use_cache!r} and approximation={self.predictor!r}"
             )
         if self.approximation == "fitted" and self.calibration is None:
             raise ValueError("approximation='fitted' needs calibration: a file from `xdit calibrate`, or 'first'")
@@ -211,7 +211,7 @@ class CacheConfig(*reversed(_SECTIONS), CorrectionSettings, SharedSettings):  # 
         return DEFAULT_TOLERANCE if self.adacorr_tolerance is None else self.adacorr_tolerance
 
     @property
-    def stand_in(self) -> str:
+    def predictor(self) -> str:
         """The approximation in force. ``blend`` takes the stored activation itself unless another one is named."""
         if self.approximation is not None:
             return self.approximation
@@ -249,8 +249,8 @@ def settings_read_by(method: str | None) -> tuple[Field[Any], ...]:
     return (*methods.settings_of(method), *(each for each in shared if each.name != "rel_l1_thresh"))
 
 
-def reads_calibration(use_cache: str | None, stand_in: str) -> bool:
+def reads_calibration(use_cache: str | None, approximation: str) -> bool:
     """Whether a base method or an approximation takes anything from a calibration."""
-    return stand_in in ("fitted", "linear") or (
+    return approximation in ("fitted", "linear") or (
         use_cache is not None and methods.policy_class(use_cache).reads_calibration
     )

@@ -53,13 +53,13 @@ def _is_ours(value: Any) -> bool:
 
 
 def install() -> None:
-    """Let Python ask the finder for modules, and modules ask `stand_in` for names; once."""
+    """Let Python ask the finder for modules, and modules ask `placeholder` for names; once."""
     if not any(isinstance(each, Finder) for each in sys.meta_path):
         sys.meta_path.append(Finder())
-        fallbacks.append(stand_in)
+        fallbacks.append(placeholder)
 
 
-def stand_in(module: str, name: str) -> type | None:
+def placeholder(module: str, name: str) -> type | None:
     """Return the class that stands for a pipeline that is not carried over; ``None`` for what is not xDiT's.
 
     Raises:

@@ -155,12 +155,12 @@ class xFuserPipeline:  # noqa: N801 (xDiT's way of naming)
             "generator": torch.Generator().manual_seed(input_config.seed),
         }
         taken = inspect.signature(type(self.pipeline).__call__).parameters
-        placement = self.parallel.placement
-        warmup_steps, placement.warmup_steps = placement.warmup_steps, sync_steps
+        partition = self.parallel.partition
+        warmup_steps, partition.warmup_steps = partition.warmup_steps, sync_steps
         try:
             self(**{name: value for name, value in keywords.items() if name in taken})
         finally:
-            placement.warmup_steps = warmup_steps
+            partition.warmup_steps = warmup_steps
             self.parallel.reset()
         if calibration == FIRST:
             # What it has learned would survive a reset. It is for one process an image, so that no block is gone.

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch.overrides import TorchFunctionMode
 
-from xfuser.core.attention.memory import KeyValueMemory
-from xfuser.core.shards import Layout, View
+from xfuser.core.attention.key_values import KeyValueMemory
+from xfuser.core.tokens import Layout, TokenView
 
 _ATTENTION = torch.nn.functional.scaled_dot_product_attention
 _PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
@@ -36,7 +36,7 @@ class _Running:
 
     memory: KeyValueMemory | None
     places: torch.Tensor | None
-    view: View
+    view: TokenView
     batch: int
 
 
@@ -65,14 +65,14 @@ class AttentionContext(TorchFunctionMode):
         self,
         memory: KeyValueMemory | None,
         places: torch.Tensor | None = None,
-        view: View | None = None,
+        view: TokenView | None = None,
         batch: int = 0,
     ) -> Iterator[None]:
         """Run a block: on all tokens, on those at places [B, k] and all text, or on a view of a batch of that size.
 
         Without a memory nothing is remembered, and all tokens of this rank must be there.
         """
-        self._running = _Running(memory, places, view or View(), batch)
+        self._running = _Running(memory, places, view or TokenView(), batch)
         try:
             yield
         finally:
@@ -129,7 +129,7 @@ class AttentionContext(TorchFunctionMode):
         if running.places is not None:
             return self._put(memory, running.places, key, value)
         if view.takes_all_tokens:
-            memory.keep_rows(self._module, running.batch, view.rows, key, value)
+            memory.keep_rows(self._module, running.batch, view.images, key, value)
             return key, value
         whole = memory.length(self._module)
         spans, begin = [], 0
@@ -165,7 +165,7 @@ class AttentionContext(TorchFunctionMode):
             streams = [*text, 0] if self._text_first else [0, *text]
         return [measure(stream) for stream in streams]
 
-    def _padded(self, key: torch.Tensor, view: View) -> tuple[int, int] | None:
+    def _padded(self, key: torch.Tensor, view: TokenView) -> tuple[int, int] | None:
         """What queries and keys are padded to, where not all ranks hold equally many."""
         assert self.layout is not None
         if self.layout.even:

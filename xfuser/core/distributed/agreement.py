@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from xfuser.core.distributed.failing import USAGE, is_lost, one_line
+from xfuser.core.distributed.shutdown import USAGE, is_lost, one_line
 
 Result = TypeVar("Result")
 _DONE, _REFUSED, _FAILED = "done", "refused", "failed"

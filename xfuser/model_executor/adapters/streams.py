@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from xfuser.core.shards import Streams
+from xfuser.core.tokens import Streams
 from xfuser.model_executor.adapters.spec import BlockGroup, TokenArgument
 
 

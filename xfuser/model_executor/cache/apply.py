@@ -17,12 +17,12 @@ from xfuser.model_executor.adapters import denoisers_of, spec_of
 from xfuser.model_executor.cache.adacorrection.trajectory.calibration import is_trajectory
 from xfuser.model_executor.cache.adacorrection.trajectory.engine import TrajectoryEngine, attach_trajectory
 from xfuser.model_executor.cache.adacorrection.trajectory.settings import AUTO, TrajectoryConfig
-from xfuser.model_executor.cache.attach import check_scheduler_free, check_transformer_free
-from xfuser.model_executor.cache.calibration import Calibration
-from xfuser.model_executor.cache.counting import BaseCounter
+from xfuser.model_executor.cache.blocks.counting import BaseCounter
+from xfuser.model_executor.cache.blocks.parts import check_model
+from xfuser.model_executor.cache.calibration.store import Calibration
 from xfuser.model_executor.cache.engine import CacheEngine
 from xfuser.model_executor.cache.foreign import check_no_other_cache, check_not_compiled_whole
-from xfuser.model_executor.cache.parts import check_model
+from xfuser.model_executor.cache.patching import check_scheduler_free, check_transformer_free
 from xfuser.model_executor.cache.policies import POLICIES
 
 logger = logging.getLogger(__name__)

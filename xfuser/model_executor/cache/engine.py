@@ -9,31 +9,31 @@ from torch import nn
 
 from xfuser.config import CacheConfig
 from xfuser.core.attention import AttentionContext
-from xfuser.core.distributed.statistics import SumExchange
+from xfuser.core.distributed.exchange import SumExchange
 from xfuser.model_executor.adapters import ModelSpec, spec_of
 from xfuser.model_executor.cache.adacorrection.trajectory.fingerprint import weights_digest
-from xfuser.model_executor.cache.attach import (
+from xfuser.model_executor.cache.blocks.compiling import check_compiled
+from xfuser.model_executor.cache.blocks.flops import FlopCount, StepFlops, signature
+from xfuser.model_executor.cache.blocks.parts import Part, check_model, check_one_denoiser
+from xfuser.model_executor.cache.blocks.plan import cut
+from xfuser.model_executor.cache.blocks.planner import StepPlanner
+from xfuser.model_executor.cache.blocks.runner import BlockRunner
+from xfuser.model_executor.cache.blocks.stage_runner import StageRunner
+from xfuser.model_executor.cache.blocks.state import Branch, CallState
+from xfuser.model_executor.cache.calibration.learning import Calibrator
+from xfuser.model_executor.cache.calibration.store import Calibration, describe_model
+from xfuser.model_executor.cache.following import PipelineFollower
+from xfuser.model_executor.cache.foreign import check_no_other_cache, check_not_compiled_whole
+from xfuser.model_executor.cache.patching import (
     Replacement,
     check_scheduler_free,
     check_transformer_free,
     scheduler_calls,
 )
-from xfuser.model_executor.cache.calibrating import Calibrator
-from xfuser.model_executor.cache.calibration import Calibration, describe_model
-from xfuser.model_executor.cache.compiling import check_compiled
-from xfuser.model_executor.cache.deliberation import StepPlanner
-from xfuser.model_executor.cache.execution import BlockRunner
-from xfuser.model_executor.cache.flops import FlopCount, StepFlops, signature
-from xfuser.model_executor.cache.following import PipelineFollower
-from xfuser.model_executor.cache.foreign import check_no_other_cache, check_not_compiled_whole
-from xfuser.model_executor.cache.parts import Part, check_model, check_one_denoiser
-from xfuser.model_executor.cache.plan import cut
 from xfuser.model_executor.cache.policies import build_policy, with_threshold
-from xfuser.model_executor.cache.staged import StageRunner
-from xfuser.model_executor.cache.state import Branch, CallState
 from xfuser.model_executor.cache.statistics import Statistics, StepRecord
 from xfuser.model_executor.cache.steps import BranchKey, Call, StepTracker
-from xfuser.model_executor.pipefusion import Placement, Stage
+from xfuser.model_executor.pipefusion import Partition, Stage
 
 
 class CacheEngine:
@@ -48,7 +48,7 @@ class CacheEngine:
         config: The settings.
         exchange: Adds up what the ranks that share an image measure; by default there is one process.
         calibration: What is known of the model.
-        placement: This process's images, tokens and blocks; by default all.
+        partition: This process's images, tokens and blocks; by default all.
         attention: Sees the tokens of other ranks; by default there are none.
         others: Further denoisers of the same pipeline, in the order in which they are used.
 
@@ -63,13 +63,13 @@ class CacheEngine:
         config: CacheConfig,
         exchange: SumExchange | None = None,
         calibration: Calibration | None = None,
-        placement: Placement | None = None,
+        partition: Partition | None = None,
         attention: AttentionContext | None = None,
         others: Sequence[nn.Module] = (),
     ) -> None:
         self.exchange = exchange or SumExchange()
         self.paused = False  # calls go through unseen
-        self._asked, self._given_placement, self._attention = config, placement, attention
+        self._asked, self._given_partition, self._attention = config, partition, attention
         self._scheduler: Any = None
         self._follower: PipelineFollower | None = None
         self._build([transformer, *others], spec, calibration)
@@ -86,11 +86,11 @@ class CacheEngine:
         self.blocks = spec.blocks(transformer)
         self.policy = build_policy(config, spec, len(self.blocks))
         self.statistics = Statistics(len(self.blocks))
-        self.placement = self._given_placement or Placement(Stage.alone(len(self.blocks)))
-        self.planner = StepPlanner(config, self.policy, self.exchange, self.statistics, calibration, self.placement)
+        self.partition = self._given_partition or Partition(Stage.alone(len(self.blocks)))
+        self.planner = StepPlanner(config, self.policy, self.exchange, self.statistics, calibration, self.partition)
         self.calibrator = Calibrator(config, transformer, spec, calibration, self._describe, self._weights)
-        kind = BlockRunner if self.placement.stage.is_alone else StageRunner
-        needs = (self.policy, self.planner, self.calibrator, self.placement, self._attention)
+        kind = BlockRunner if self.partition.stage.is_alone else StageRunner
+        needs = (self.policy, self.planner, self.calibrator, self.partition, self._attention)
         self.parts = [Part(self, each, kind(config, spec, each, *needs)) for each in transformers]
         self.runner = self.parts[0].runner
         for part in self.parts:
@@ -113,7 +113,7 @@ class CacheEngine:
             "method": config.use_cache,
             "rel_l1_thresh": config.rel_l1_thresh,
             "adacorrection": config.mode,
-            "approximation": None if config.use_cache is None else config.stand_in,  # nothing has to be stood in for
+            "approximation": None if config.use_cache is None else config.predictor,  # nothing has to be stood in for
             "collectives": self.exchange.collectives,
             "calibrated": self.planner.calibration is not None,
             "memory_bytes": sum(branch.bytes() for branch in self._branches.values()),
@@ -238,7 +238,7 @@ class CacheEngine:
             TypeError: One is not supported.
             ValueError: One has an engine already, or the calibration was made with another; nothing has changed then.
         """
-        if self._given_placement is not None:
+        if self._given_partition is not None:
             raise ValueError(
                 "the transformer was replaced after it was spread over its ranks; remove(), and parallelize() again"
             )
@@ -330,7 +330,7 @@ class CacheEngine:
         modules, count = part.runner.modules.flops, len(active.block_flops)
         *parts, signal = self.exchange.share([*active.block_flops, *modules, active.signal_flops])
         blocks = tuple(parts[:count])
-        return StepFlops(blocks, sum(blocks) + outside * self.placement.branches, signal, tuple(parts[count:]))
+        return StepFlops(blocks, sum(blocks) + outside * self.partition.branches, signal, tuple(parts[count:]))
 
     def _start_afresh(self) -> None:
         self._flush()
@@ -346,7 +346,7 @@ class CacheEngine:
         added = any(part.read(name, args, kwargs) is not None for name in self.spec.between_blocks)
         corrector = self.planner.corrector
         by_block = corrector.exchanges_per_block or self.policy.observes_blocks or corrector.measures
-        by_block = by_block or self.config.stand_in == "linear"
+        by_block = by_block or self.config.predictor == "linear"
         one_by_one = added or not self.spec.contiguous or (by_block and not corrector.whole_steps)
         self.planner.spans = cut(len(self.blocks), self.policy.probe_blocks, one_by_one)
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from xfuser.core.modules import uncompiled
-from xfuser.model_executor.cache.attach import Replacement, has_registry
+from xfuser.model_executor.cache.patching import Replacement, has_registry
 
 _CACHES_BY_ANOTHER_NAME = ("pyramid_attention_broadcast",)  # modules of diffusers.hooks whose name does not end so
 _BLOCKS_INSTEAD = (

@@ -8,7 +8,7 @@ import struct
 from dataclasses import dataclass, field
 from typing import Any
 
-from xfuser.model_executor.cache.flops import StepFlops
+from xfuser.model_executor.cache.blocks.flops import StepFlops
 from xfuser.model_executor.cache.steps import BranchKey
 
 

@@ -16,8 +16,8 @@ from xfuser.core.attention import AttentionContext
 from xfuser.core.distributed.agreement import Agreement
 from xfuser.core.distributed.clock import Clock
 from xfuser.core.distributed.environment import join_processes, waiter
+from xfuser.core.distributed.exchange import SumExchange
 from xfuser.core.distributed.mesh import ParallelMesh
-from xfuser.core.distributed.statistics import SumExchange
 from xfuser.model_executor.adapters import BoundArguments, ModelSpec, denoisers_of, spec_of
 from xfuser.model_executor.cache.adacorrection.trajectory import TrajectoryEngine, attach_trajectory
 from xfuser.model_executor.cache.adacorrection.trajectory.branches import sample_of, with_sample
@@ -29,15 +29,15 @@ from xfuser.model_executor.cache.apply import (
     on_trajectory,
     spends_as_base,
 )
-from xfuser.model_executor.cache.attach import Replacement
+from xfuser.model_executor.cache.blocks.parts import check_model
 from xfuser.model_executor.cache.engine import CacheEngine
-from xfuser.model_executor.cache.parts import check_model
+from xfuser.model_executor.cache.patching import Replacement
 from xfuser.model_executor.cache.policies import POLICIES
 from xfuser.model_executor.parallel.autoencoder import ParallelDecoder, check_decoder
 from xfuser.model_executor.parallel.compiled import compile_blocks
 from xfuser.model_executor.parallel.guidance import BatchedBranches, BranchCalls, SchedulerMarks
 from xfuser.model_executor.parallel.sequence import SequenceShards
-from xfuser.model_executor.pipefusion import Placement, Stage, drop_other_blocks
+from xfuser.model_executor.pipefusion import Partition, Stage, drop_other_blocks
 
 
 class ParallelPipeline:
@@ -76,9 +76,9 @@ class ParallelPipeline:
         except BaseException:
             self.remove()
             raise
-        if not self.placement.stage.is_alone:
+        if not self.partition.stage.is_alone:
             for denoiser in self._denoisers:
-                drop_other_blocks(spec.blocks(denoiser), self.placement.stage, spec.tail_needs)
+                drop_other_blocks(spec.blocks(denoiser), self.partition.stage, spec.tail_needs)
 
     def _attach(self, config: CacheConfig, use_torch_compile: bool, trajectory: dict[str, Any] | None) -> ModelSpec:
         """Check everything, then put on everything that `remove` takes off again."""
@@ -102,14 +102,14 @@ class ParallelPipeline:
         if mesh.config.use_parallel_vae:
             check_decoder(pipeline.vae)
         calibration = load_calibration(first, config, pipeline.scheduler)
-        self.placement = _placement(mesh, spec, len(blocks), config, self.clock)
+        self.partition = _placement(mesh, spec, len(blocks), config, self.clock)
         self.exchange = SumExchange(
             mesh.control if mesh.shares_image else None, mesh.config.verify_agreement, self.clock
         )
         attention = self._attention(spec)
         if use_torch_compile:
             self._inner = compile_blocks([block for each in self._denoisers for block in spec.blocks(each)])
-        self.engine = CacheEngine(first, spec, config, self.exchange, calibration, self.placement, attention, others)
+        self.engine = CacheEngine(first, spec, config, self.exchange, calibration, self.partition, attention, others)
         for denoiser in self._denoisers:
             self._attach_blocks(spec, denoiser, attention)
         self.engine.watch_scheduler(pipeline.scheduler)
@@ -224,7 +224,7 @@ class ParallelPipeline:
 
     def _attention(self, spec: ModelSpec) -> AttentionContext | None:
         if self.mesh.config.sequence_degree == 1:
-            return AttentionContext(spec.text_first) if self.placement.may_displace else None
+            return AttentionContext(spec.text_first) if self.partition.may_displace else None
         # yunchang takes seconds to import, and only this needs it.
         from xfuser.core.attention.sequence import SequenceAttention
 
@@ -234,20 +234,20 @@ class ParallelPipeline:
         config, mesh = self.mesh.config, self.mesh
         if attention is None:
             return
-        shards = SequenceShards(config, spec, self.placement, attention, mesh.sequence, mesh.sequence_rank, self.clock)
+        shards = SequenceShards(config, spec, self.partition, attention, mesh.sequence, mesh.sequence_rank, self.clock)
         self._layers += shards.attach(transformer)
 
     def _attach_root(self, transformer: nn.Module, spec: ModelSpec) -> None:
         refused = (*spec.between_blocks, *spec.skips_blocks)
         if self.mesh.config.image_degree > 1 and refused:
             self._layers.append(Replacement(transformer, "forward", _refusing(refused)))
-        if not self.placement.stage.is_alone:
+        if not self.partition.stage.is_alone:
             self._layers.append(Replacement(transformer, "forward", self._tell_output))
         if self.mesh.config.use_cfg_parallel:
             kind = BatchedBranches if spec.guidance == "batch" else BranchCalls
             branches = kind(self.mesh.group("cfg"), self.mesh.rank("cfg"), self.clock)
             self._layers += branches.attach(self.pipeline, transformer)
-        if not self.placement.stage.is_alone:
+        if not self.partition.stage.is_alone:
             self._layers.append(Replacement(transformer, "forward", self._take_time))
 
     def _take_time(self, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -262,7 +262,7 @@ class ParallelPipeline:
 
     def _tell_output(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """The last stage's output is everybody's."""
-        stage = self.placement.stage
+        stage = self.partition.stage
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             output = original(*args, **kwargs)
@@ -313,7 +313,7 @@ def parallelize(
     return ParallelPipeline(pipeline, mesh, config, timed, use_torch_compile, trajectory)
 
 
-def _placement(mesh: ParallelMesh, spec: ModelSpec, blocks: int, config: CacheConfig, clock: Clock) -> Placement:
+def _placement(mesh: ParallelMesh, spec: ModelSpec, blocks: int, config: CacheConfig, clock: Clock) -> Partition:
     limit = mesh.config.pipefusion_max_lag
     if limit is None:
         limit = 1 if config.use_cache is None else 0
@@ -326,7 +326,7 @@ def _placement(mesh: ParallelMesh, spec: ModelSpec, blocks: int, config: CacheCo
         def reduce(tensor: torch.Tensor) -> None:
             dist.all_reduce(tensor, group=group)
 
-    return Placement(
+    return Partition(
         Stage.of(mesh, blocks, clock),
         mesh.config.cfg_degree,
         mesh.rank("cfg"),

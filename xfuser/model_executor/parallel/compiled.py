@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from xfuser.model_executor.cache.attach import Replacement
+from xfuser.model_executor.cache.patching import Replacement
 
 
 def compile_blocks(blocks: Sequence[nn.Module]) -> list[Replacement]:

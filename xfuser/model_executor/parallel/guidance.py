@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch import nn
 
 from xfuser.core.distributed.clock import Clock
-from xfuser.core.shards import narrow_batch, part
+from xfuser.core.tokens import narrow_batch, part
 from xfuser.model_executor.adapters import BoundArguments, spec_of
 from xfuser.model_executor.cache.adacorrection.trajectory.branches import sample_of, with_sample
-from xfuser.model_executor.cache.attach import Replacement, named_contexts, scheduler_calls
+from xfuser.model_executor.cache.patching import Replacement, named_contexts, scheduler_calls
 
 BRANCHES = 2
 

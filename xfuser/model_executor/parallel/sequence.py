@@ -13,11 +13,11 @@ from torch.nn.functional import pad
 from xfuser.config import ParallelConfig
 from xfuser.core.attention import AttentionContext
 from xfuser.core.distributed.clock import Clock
-from xfuser.core.shards import Layout, Streams, part
+from xfuser.core.tokens import Layout, Streams, part
 from xfuser.model_executor.adapters import BlockGroup, BoundArguments, ModelSpec, TokenArgument
 from xfuser.model_executor.adapters.streams import StreamForm, take_spans
-from xfuser.model_executor.cache.attach import Replacement
-from xfuser.model_executor.pipefusion import Placement
+from xfuser.model_executor.cache.patching import Replacement
+from xfuser.model_executor.pipefusion import Partition
 
 
 class SequenceShards:
@@ -31,13 +31,13 @@ class SequenceShards:
         self,
         config: ParallelConfig,
         spec: ModelSpec,
-        placement: Placement,
+        partition: Partition,
         attention: AttentionContext,
         group: dist.ProcessGroup | None,
         index: int,
         clock: Clock,
     ) -> None:
-        self.config, self.spec, self.placement, self.attention = config, spec, placement, attention
+        self.config, self.spec, self.partition, self.attention = config, spec, partition, attention
         self._group, self._parts, self._index, self._clock = group, config.sequence_degree, index, clock
         self._form = StreamForm()
         self._cut: dict[str, tuple[Any, Any]] = {}
@@ -80,12 +80,12 @@ class SequenceShards:
                 f"--ulysses_degree {self.config.ulysses_degree} x --ring_degree {self.config.ring_degree}: the text "
                 f"has only {min(lengths)} tokens"
             )
-        layout = self.placement.layout = self.attention.layout = Layout(lengths, self._parts, self._index)
+        layout = self.partition.layout = self.attention.layout = Layout(lengths, self._parts, self._index)
         self._whole, self._cut = streams, {}
         named |= dict(zip(group.takes, layout.take(streams), strict=True))
 
     def _cut_argument(self, argument: TokenArgument, value: Any) -> Any:
-        layout, name = self.placement.layout, argument.name
+        layout, name = self.partition.layout, argument.name
         assert layout is not None
         if name not in self._cut or self._cut[name][0] is not value:
             spans = [layout.span(stream) for stream in range(len(layout.lengths))]
@@ -95,18 +95,18 @@ class SequenceShards:
     def _joined(self, group: BlockGroup, output: Any) -> Any:
         """The last block's output with all image tokens; a stage that is not the last one has none to join."""
         whole, self._whole = self._whole, None
-        layout = self.placement.layout
+        layout = self.partition.layout
         assert whole is not None and layout is not None
         streams = self._form.unpack(group, output, layout.take(whole) if group.joins else whole)
         image = whole[0]
-        if self.placement.stage.is_last:
+        if self.partition.stage.is_last:
             image = self._gather(streams[0]) if self._parts > 1 else streams[0]
         joined = self._form.pack(group, (image, *streams[1:]))
         self._form.forget()
         return joined
 
     def _gather(self, local: torch.Tensor) -> torch.Tensor:
-        layout = self.placement.layout
+        layout = self.partition.layout
         assert layout is not None
         longest = layout.longest(0)
         padded = pad(local, (0, 0, 0, longest - local.shape[1])).contiguous()

@@ -11,7 +11,7 @@ from torch import nn
 
 from xfuser.core.distributed.clock import Clock
 from xfuser.core.distributed.mesh import ParallelMesh
-from xfuser.core.shards import Streams, View
+from xfuser.core.tokens import Streams, TokenView
 
 
 def split_blocks(blocks: int, stages: int, sizes: Sequence[int] | None = None) -> list[range]:
@@ -74,7 +74,7 @@ class Stage:
         """First blocks of all stages but the first."""
         return frozenset(each.start for each in self.stages[1:])
 
-    def receive(self, view: View, like: Streams) -> Streams:
+    def receive(self, view: TokenView, like: Streams) -> Streams:
         """The view's part of the streams from the stage before, shaped as that part of ``like``."""
         parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for part in view.take(like)]
         with self.clock("waiting"):

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from xfuser.core.distributed.environment import synchronize
-from xfuser.core.distributed.failing import LostPeer, is_lost, reason_of
 from xfuser.core.distributed.mesh import ParallelMesh
-from xfuser.core.shards import part
+from xfuser.core.distributed.shutdown import LostPeer, is_lost, reason_of
+from xfuser.core.tokens import part
 from xfuser.model_executor.parallel import AlonePipeline, ParallelPipeline
 from xfuser.model_executor.pipelines.loading import LoadedPipeline
 from xfuser.model_executor.pipelines.outputs import Outputs, save_image

@@ -17,14 +17,14 @@ from xfuser.config.arguments import GOALS, cache_settings, parallel_config, traj
 from xfuser.config.cache import FIRST
 from xfuser.config.flags import in_flags
 from xfuser.config.parallel import ParallelConfig
-from xfuser.core.distributed.failing import NotStarted
+from xfuser.core.distributed.shutdown import NotStarted
 from xfuser.core.files import write_json
 from xfuser.model_executor.cache.adacorrection.trajectory import TrajectoryConfig
 from xfuser.model_executor.cache.apply import spends_as_base
 from xfuser.model_executor.parallel import check_combination
 from xfuser.model_executor.pipelines.choosing import resolve_model
+from xfuser.model_executor.pipelines.geometry import geometry_of
 from xfuser.model_executor.pipelines.model_types import MODEL_TYPES
-from xfuser.model_executor.pipelines.outline import outline
 from xfuser.ray.batch.batches import Plan
 from xfuser.ray.batch.folder import SUMMARY, JobFolder
 from xfuser.ray.batch.job import Job, Limits, State, Stopped, cpu_seconds
@@ -78,7 +78,7 @@ def engine_settings(args: argparse.Namespace) -> EngineSettings:
         raise ValueError(
             f"--data_parallel_degree {parallel.data_parallel_degree}: groups make different images anyhow; use --groups"
         )
-    outline(args.model_type, args.model, args.height, args.width).check(parallel)
+    geometry_of(args.model_type, args.model, args.height, args.width).check(parallel)
     cache = cache_of(args, parallel)
     return EngineSettings(
         args.model_type,

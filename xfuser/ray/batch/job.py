@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
 
-from xfuser.core.distributed.failing import one_line
+from xfuser.core.distributed.shutdown import one_line
 from xfuser.ray.batch.batches import Batch, Plan
 from xfuser.ray.batch.folder import JobFolder, write_rejected
 from xfuser.ray.batch.group import Made, NoRoom, NotShared, TooLarge

@@ -13,8 +13,8 @@ from typing import Any
 from xfuser.config.spelling import did_you_mean
 from xfuser.model_executor.adapters import SPECS
 from xfuser.model_executor.pipelines.choosing import read_index
+from xfuser.model_executor.pipelines.geometry import geometry_of
 from xfuser.model_executor.pipelines.loading import MODEL_TYPES, TOY, source_of
-from xfuser.model_executor.pipelines.outline import outline
 
 LONGEST_PROMPT = 20_000  # characters; text encoders read some hundreds of tokens
 LARGEST_SIDE = 16_384
@@ -76,7 +76,7 @@ class Rules:
         source = source_of(model_type, model)
         index = {} if source == TOY else read_index(source)
         known = {name.strip(): int(number) for number, text in _labels(index) for name in str(text).split(",")}
-        drawn = outline(model_type, model)
+        drawn = geometry_of(model_type, model)
         arguments: set[str] = set()
         for each in spec.pipeline_classes:
             arguments |= set(inspect.signature(each.__call__).parameters)

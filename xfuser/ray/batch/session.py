@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import IO, Any
 
-from xfuser.core.distributed.failing import NotStarted
+from xfuser.core.distributed.shutdown import NotStarted
 
 MARK = "XFUSER_BATCH_SESSION"
 _ENDING_SECONDS = 20.0

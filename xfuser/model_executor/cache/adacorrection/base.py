@@ -11,10 +11,10 @@ import torch
 
 from xfuser.model_executor.adapters import Streams
 from xfuser.model_executor.cache.adacorrection.offset import OffsetRow
-from xfuser.model_executor.cache.memory import BranchMemory
-from xfuser.model_executor.cache.plan import Plan, Span
+from xfuser.model_executor.cache.blocks.history import BlockHistory
+from xfuser.model_executor.cache.blocks.plan import Plan, Span
+from xfuser.model_executor.cache.blocks.token_choice import TokenChoice
 from xfuser.model_executor.cache.steps import Call
-from xfuser.model_executor.cache.tokens import TokenChoice
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Corrector:
         step: int,
         inputs: Streams,
         outputs: Streams,
-        memory: BranchMemory,
+        memory: BlockHistory,
         agree: Callable[[torch.Tensor], list[float]],
     ) -> Finished:
         """Change what an evaluated block hands on; ``agree`` adds sums up over the ranks that share the image."""

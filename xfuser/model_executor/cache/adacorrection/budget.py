@@ -15,7 +15,7 @@ from xfuser.model_executor.cache.adacorrection.drift import DriftMonitor, bounde
 from xfuser.model_executor.cache.adacorrection.estimate import ErrorEstimate
 from xfuser.model_executor.cache.adacorrection.schedule import refresh_rates
 from xfuser.model_executor.cache.approximation import Extrapolation
-from xfuser.model_executor.cache.plan import Plan
+from xfuser.model_executor.cache.blocks.plan import Plan
 from xfuser.model_executor.cache.steps import Call
 
 ROUNDING = 1e-9

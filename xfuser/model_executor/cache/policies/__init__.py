@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from xfuser.config import CacheConfig
     from xfuser.model_executor.adapters import ModelSpec
-    from xfuser.model_executor.cache.calibration import Calibration
+    from xfuser.model_executor.cache.calibration.store import Calibration
 
 POLICIES: dict[str | None, type[Policy]] = {None: FullPolicy, **{name: policy_class(name) for name in METHODS}}
 

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
     from xfuser.config import CacheConfig
     from xfuser.model_executor.adapters import ModelSpec, Streams
-    from xfuser.model_executor.cache.calibration import Calibration
-    from xfuser.model_executor.cache.recorder import Samples
+    from xfuser.model_executor.cache.blocks.token_choice import TokenChoice
+    from xfuser.model_executor.cache.calibration.recorder import Samples
+    from xfuser.model_executor.cache.calibration.store import Calibration
     from xfuser.model_executor.cache.steps import BranchKey, Call
-    from xfuser.model_executor.cache.tokens import TokenChoice
 
 
 @dataclass(frozen=True)

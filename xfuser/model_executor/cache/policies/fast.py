@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from xfuser.model_executor.adapters import Streams
-    from xfuser.model_executor.cache.recorder import Samples
+    from xfuser.model_executor.cache.blocks.token_choice import TokenChoice
+    from xfuser.model_executor.cache.calibration.recorder import Samples
     from xfuser.model_executor.cache.steps import BranchKey, Call
-    from xfuser.model_executor.cache.tokens import TokenChoice
 
 WARMUP_STEPS = 3
 LAYER_SUMS = 3  # Σ‖H_t − H_{t−k}‖² / k², Σ‖H_{t−k}‖², elements; k steps since it was last seen
@@ -122,7 +122,7 @@ class FastPolicy(Policy):
     ) -> torch.Tensor:
         import torch
 
-        from xfuser.model_executor.cache.tokens import TokenChoice
+        from xfuser.model_executor.cache.blocks.token_choice import TokenChoice
 
         if self.config.motion_threshold:
             text = sum(stream.shape[1] for stream in inputs[1:])

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from xfuser.config import CacheConfig
     from xfuser.model_executor.adapters import ModelSpec, Streams
-    from xfuser.model_executor.cache.recorder import Samples
+    from xfuser.model_executor.cache.calibration.recorder import Samples
     from xfuser.model_executor.cache.steps import BranchKey, Call
 
 FEED_FORWARD = ("ff", "ff_context", "proj_mlp")  # what diffusers' blocks call their MLPs

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from xfuser.model_executor.cache.attach import Replacement
+from xfuser.model_executor.cache.patching import Replacement
 from xfuser.model_executor.cache.policies.base import Learning
 from xfuser.model_executor.cache.policies.lazy import gated_modules
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from xfuser.model_executor.adapters import Streams
-    from xfuser.model_executor.cache.recorder import Samples
+    from xfuser.model_executor.cache.calibration.recorder import Samples
     from xfuser.model_executor.cache.steps import BranchKey, Call
 
 IDENTITY = (1.0, 0.0)

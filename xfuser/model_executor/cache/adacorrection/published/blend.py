@@ -14,8 +14,8 @@ from xfuser.model_executor.cache.adacorrection.base import Corrector, Finished, 
 from xfuser.model_executor.cache.adacorrection.offset import OffsetScore
 from xfuser.model_executor.cache.adacorrection.published.correction import blend, blend_sums, correction_weight
 from xfuser.model_executor.cache.approximation import Extrapolation
-from xfuser.model_executor.cache.memory import BranchMemory
-from xfuser.model_executor.cache.plan import Plan, Span
+from xfuser.model_executor.cache.blocks.history import BlockHistory
+from xfuser.model_executor.cache.blocks.plan import Plan, Span
 
 
 class BlendCorrector(Corrector):
@@ -46,7 +46,7 @@ class BlendCorrector(Corrector):
         step: int,
         inputs: Streams,
         outputs: Streams,
-        memory: BranchMemory,
+        memory: BlockHistory,
         agree: Callable[[torch.Tensor], list[float]],
     ) -> Finished:
         previous = memory.references[block][0].inputs[0] if memory.usable(block) else inputs[0]
@@ -56,9 +56,9 @@ class BlendCorrector(Corrector):
             return Finished(outputs)
         score = self.score(tokens, drift, norm, spatial, reference_spatial, inputs[0].shape[-1])
         weight = correction_weight(score, self.config.adacorr_gamma)
-        if self.config.stand_in == "activation":
+        if self.config.predictor == "activation":
             cached = memory.activation(block)
         else:
             coefficients = self.approximation.weights(block, step, memory.nodes(block), 1.0)
-            cached = memory.stand_in(Span(block, block), inputs, coefficients)
+            cached = memory.predict(Span(block, block), inputs, coefficients)
         return Finished(blend(cached, outputs, weight), weight, score)

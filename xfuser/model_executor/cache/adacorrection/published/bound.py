@@ -11,7 +11,7 @@ from xfuser.model_executor.cache.adacorrection.base import Corrector, Observatio
 from xfuser.model_executor.cache.adacorrection.drift import DriftMonitor, bounded
 from xfuser.model_executor.cache.adacorrection.estimate import ErrorEstimate
 from xfuser.model_executor.cache.approximation import Extrapolation
-from xfuser.model_executor.cache.plan import Plan
+from xfuser.model_executor.cache.blocks.plan import Plan
 
 COVERAGE = 0.95  # share of evaluations whose true error must lie within the predicted one
 MARGIN_START = 0.5  # of the logarithm: 1.6 times the expected error

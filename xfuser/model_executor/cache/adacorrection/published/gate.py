@@ -17,8 +17,8 @@ from xfuser.model_executor.cache.adacorrection.estimate import ErrorEstimate
 from xfuser.model_executor.cache.adacorrection.offset import OffsetRow, OffsetScore
 from xfuser.model_executor.cache.adacorrection.published.correction import correction_weight
 from xfuser.model_executor.cache.approximation import Extrapolation
-from xfuser.model_executor.cache.plan import Plan
-from xfuser.model_executor.cache.tokens import TokenChoice
+from xfuser.model_executor.cache.blocks.plan import Plan
+from xfuser.model_executor.cache.blocks.token_choice import TokenChoice
 
 MEMORY = 0.5  # share of the older value in a layer's running means
 LONGEST_LAG = 10  # steps; beyond it nothing that was seen tells how the error grows

@@ -11,8 +11,8 @@ from torch import nn
 
 from xfuser.core.modules import uncompiled
 from xfuser.model_executor.cache.adacorrection.trajectory.wrapping import CallWrapper, Handler, is_wrapped
-from xfuser.model_executor.cache.attach import Replacement, check_scheduler_free
 from xfuser.model_executor.cache.foreign import check_no_other_cache, refuse_enable_cache
+from xfuser.model_executor.cache.patching import Replacement, check_scheduler_free
 
 # What a pipeline calls besides its denoisers; whatever else is a module is taken for one of them.
 NOT_DENOISERS = (

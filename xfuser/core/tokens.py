@@ -74,16 +74,16 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class View:
+class TokenView:
     """Images or tokens of a rank's streams that go through a stage together.
 
     Attributes:
-        rows: Images of the batch; ``None`` takes all.
+        images: Images of the batch; ``None`` takes all.
         patch: Number of this patch of tokens, from 0.
         patches: Patches in all; 1 takes all tokens.
     """
 
-    rows: slice | None = None
+    images: slice | None = None
     patch: int = 0
     patches: int = 1
 
@@ -97,23 +97,23 @@ class View:
 
     def take(self, streams: Streams) -> Streams:
         """The view's part of the rank's streams."""
-        if self.rows is not None:
-            return tuple(stream[self.rows] for stream in streams)
+        if self.images is not None:
+            return tuple(stream[self.images] for stream in streams)
         if self.patches == 1:
             return streams
         return tuple(stream[:, self.span(stream.shape[1])] for stream in streams)
 
 
-def views(batch: int, rows: int, patches: int) -> list[View]:
+def views(batch: int, groups: int, patches: int) -> list[TokenView]:
     """The batch in so many groups of images, or all images in so many patches of tokens."""
     if patches > 1:
-        return [View(patch=index, patches=patches) for index in range(patches)]
-    if rows > 1:
-        return [View(rows=part(batch, rows, index)) for index in range(rows)]
-    return [View()]
+        return [TokenView(patch=index, patches=patches) for index in range(patches)]
+    if groups > 1:
+        return [TokenView(images=part(batch, groups, index)) for index in range(groups)]
+    return [TokenView()]
 
 
-def join(parts: Sequence[Streams], of: Sequence[View]) -> Streams:
+def join(parts: Sequence[Streams], of: Sequence[TokenView]) -> Streams:
     """Whole streams from the parts that the views took."""
     if len(parts) == 1:
         return parts[0]
@@ -122,7 +122,7 @@ def join(parts: Sequence[Streams], of: Sequence[View]) -> Streams:
 
 
 def narrow_batch(
-    named: Mapping[str, Any], per_image: Collection[str], batch: int, rows: slice | None
+    named: Mapping[str, Any], per_image: Collection[str], batch: int, images: slice | None
 ) -> dict[str, Any]:
     """Take some images' rows of a call's arguments; what is not named to have one row an image stays whole.
 
@@ -130,19 +130,19 @@ def narrow_batch(
         named: The arguments by name; dicts among them (``added_cond_kwargs``) are looked through by name as well.
         per_image: Names of those that have one row an image: tensors, or tuples and lists of them.
         batch: Images in all.
-        rows: The images to take; ``None`` takes all.
+        images: Those to take; ``None`` takes all.
 
     Raises:
         ValueError: A named one has neither as many rows as there are images, nor one row for all of them.
     """
-    if rows is None:
+    if images is None:
         return dict(named)
     taken = {}
     for name, value in named.items():
         if isinstance(value, Mapping):
-            taken[name] = narrow_batch(value, per_image, batch, rows)
+            taken[name] = narrow_batch(value, per_image, batch, images)
         else:
-            taken[name] = _rows_of(name, value, batch, rows) if name in per_image else value
+            taken[name] = _rows_of(name, value, batch, images) if name in per_image else value
     return taken
 
 

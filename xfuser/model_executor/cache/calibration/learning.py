@@ -10,9 +10,9 @@ from torch import nn
 from xfuser.config import CacheConfig
 from xfuser.config.cache import FIRST
 from xfuser.model_executor.adapters import ModelSpec
-from xfuser.model_executor.cache.calibration import Calibration
-from xfuser.model_executor.cache.recorder import Recorder
-from xfuser.model_executor.cache.sections import build_sections
+from xfuser.model_executor.cache.calibration.recorder import Recorder
+from xfuser.model_executor.cache.calibration.sections import build_sections
+from xfuser.model_executor.cache.calibration.store import Calibration
 
 
 class Calibrator:

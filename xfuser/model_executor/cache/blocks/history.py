@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from xfuser.model_executor.adapters import Streams
-from xfuser.model_executor.cache.plan import Span
-from xfuser.model_executor.cache.tokens import TokenChoice
+from xfuser.model_executor.cache.blocks.plan import Span
+from xfuser.model_executor.cache.blocks.token_choice import TokenChoice
 
 
 @dataclass(eq=False)
@@ -40,7 +40,7 @@ class Reference:
             yield from streams
 
 
-class BranchMemory:
+class BlockHistory:
     """References of all units of one branch, newest first, and the stand-ins built from them."""
 
     def __init__(self, units: int, length: int) -> None:
@@ -89,7 +89,7 @@ class BranchMemory:
             for a, b in zip(ours, theirs, strict=True)
         )
 
-    def stand_in(
+    def predict(
         self,
         span: Span,
         inputs: Streams,
@@ -135,7 +135,7 @@ class BranchMemory:
 
 
 @dataclass
-class ModuleMemory:
+class ModuleHistory:
     """What modules of one branch gave at their last evaluation, by their place."""
 
     outputs: dict[int, Any] = field(default_factory=dict)

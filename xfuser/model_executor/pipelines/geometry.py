@@ -15,7 +15,7 @@ from xfuser.model_executor.pipelines.loading import MODEL_TYPES, TOY, source_of,
 
 
 @dataclass(frozen=True)
-class Outline:
+class ModelGeometry:
     """Attention heads, blocks, rows of the latents and image tokens of one image, and what its sides are multiples of.
 
     ``height`` and ``width`` are those that are drawn where none is named.
@@ -40,8 +40,10 @@ class Outline:
             )
 
 
-def outline(model_type: str, model: str | None = None, height: int | None = None, width: int | None = None) -> Outline:
-    """The outline of what `load_pipeline` would load, for images of this size.
+def geometry_of(
+    model_type: str, model: str | None = None, height: int | None = None, width: int | None = None
+) -> ModelGeometry:
+    """Read the geometry of what `load_pipeline` would load, for images of this size.
 
     Raises:
         ValueError: The model's configuration cannot be read.
@@ -73,7 +75,7 @@ def outline(model_type: str, model: str | None = None, height: int | None = None
     if spec.conditioned_on == "label":
         rows = columns = side
     patch = transformer.get("patch_size", 1) * model.packs
-    return Outline(
+    return ModelGeometry(
         transformer["num_attention_heads"],
         sum(transformer.get(name) or 0 for name in model.layer_counts),
         rows,

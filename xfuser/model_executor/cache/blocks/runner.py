@@ -11,18 +11,18 @@ from xfuser.config import CacheConfig
 from xfuser.core.attention import AttentionContext
 from xfuser.model_executor.adapters import BoundArguments, ModelSpec, Streams
 from xfuser.model_executor.adapters.streams import StreamForm
-from xfuser.model_executor.cache.attach import Replacement
-from xfuser.model_executor.cache.calibrating import Calibrator
-from xfuser.model_executor.cache.deliberation import StepPlanner
-from xfuser.model_executor.cache.flops import StepFlops
-from xfuser.model_executor.cache.modules import ModuleRunner
-from xfuser.model_executor.cache.partial import TokenRunner
-from xfuser.model_executor.cache.plan import Segment, Span
+from xfuser.model_executor.cache.blocks.flops import StepFlops
+from xfuser.model_executor.cache.blocks.module_runner import ModuleRunner
+from xfuser.model_executor.cache.blocks.plan import Segment, Span
+from xfuser.model_executor.cache.blocks.planner import StepPlanner
+from xfuser.model_executor.cache.blocks.predict import predict
+from xfuser.model_executor.cache.blocks.state import BlockCall, CallState
+from xfuser.model_executor.cache.blocks.token_choice import TokenChoice
+from xfuser.model_executor.cache.blocks.token_runner import TokenRunner
+from xfuser.model_executor.cache.calibration.learning import Calibrator
+from xfuser.model_executor.cache.patching import Replacement
 from xfuser.model_executor.cache.policies import Policy
-from xfuser.model_executor.cache.standins import predict
-from xfuser.model_executor.cache.state import BlockCall, CallState
-from xfuser.model_executor.cache.tokens import TokenChoice
-from xfuser.model_executor.pipefusion import Placement
+from xfuser.model_executor.pipefusion import Partition
 
 
 class BlockRunner:
@@ -36,15 +36,15 @@ class BlockRunner:
         policy: Policy,
         planner: StepPlanner,
         calibrator: Calibrator,
-        placement: Placement,
+        partition: Partition,
         attention: AttentionContext | None,
     ) -> None:
         self.config, self.spec, self.policy = config, spec, policy
         self.blocks, self.groups = spec.blocks(transformer), spec.groups_of(transformer)
         self.planner, self.calibrator = planner, calibrator
-        self.placement = placement
+        self.partition = partition
         self.form = StreamForm()
-        self.tokens = TokenRunner.where_needed(config, spec, transformer, self.form, attention, placement.may_displace)
+        self.tokens = TokenRunner.where_needed(config, spec, transformer, self.form, attention, partition.may_displace)
         self.modules = ModuleRunner(policy, calibrator, obeys=config.mode is None)
         self._arguments = [BoundArguments(block.forward) for block in self.blocks]
 
@@ -128,7 +128,7 @@ class BlockRunner:
     def _open(self, active: CallState, call: BlockCall) -> None:
         active.first_inputs = call.streams
         active.first_arguments = self._arguments[0].named(call.args, call.kwargs)
-        active.branch.probe.extent = self.placement.extent
+        active.branch.probe.extent = self.partition.extent
         recorder = self.calibrator.recorder
         if recorder is not None:
             before = active.counted()
@@ -137,7 +137,7 @@ class BlockRunner:
 
     def _evaluate(self, active: CallState, call: BlockCall) -> Any:
         before = active.counted()
-        with self.placement.stage.clock("compute"):
+        with self.partition.stage.clock("compute"):
             if self.tokens is None:
                 output = call.original(*call.args, **call.kwargs)
             else:

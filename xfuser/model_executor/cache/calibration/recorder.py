@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from xfuser.model_executor.adapters import Streams
-from xfuser.model_executor.cache.calibration import RUNS, Calibration
+from xfuser.model_executor.cache.calibration.store import RUNS, Calibration
 from xfuser.model_executor.cache.policies.base import Section
 from xfuser.model_executor.cache.steps import BranchKey
 

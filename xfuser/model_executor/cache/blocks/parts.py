@@ -9,11 +9,11 @@ from torch import nn
 
 from xfuser.config import CacheConfig
 from xfuser.model_executor.adapters import BoundArguments, ModelSpec
-from xfuser.model_executor.cache.attach import Replacement, drop_empty_registry, has_registry, named_contexts
-from xfuser.model_executor.cache.compiling import CompilableBlock
-from xfuser.model_executor.cache.execution import BlockRunner
+from xfuser.model_executor.cache.blocks.compiling import CompilableBlock
+from xfuser.model_executor.cache.blocks.runner import BlockRunner
+from xfuser.model_executor.cache.blocks.state import BlockCall
 from xfuser.model_executor.cache.foreign import refusing_calls, uncompilable
-from xfuser.model_executor.cache.state import BlockCall
+from xfuser.model_executor.cache.patching import Replacement, drop_empty_registry, has_registry, named_contexts
 
 if TYPE_CHECKING:
     from xfuser.model_executor.cache.engine import CacheEngine

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from xfuser.core.shards import Extent, Layout
+from xfuser.core.tokens import Extent, Layout
 from xfuser.model_executor.pipefusion.stage import Stage
 
 
 @dataclass(eq=False)
-class Placement:
+class Partition:
     """This process's images, tokens and blocks.
 
     Attributes:

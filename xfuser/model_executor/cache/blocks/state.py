@@ -10,11 +10,11 @@ import torch
 
 from xfuser.core.attention import KeyValueMemory
 from xfuser.model_executor.adapters import Streams
-from xfuser.model_executor.cache.flops import FlopCount
-from xfuser.model_executor.cache.linear import LinearMaps
-from xfuser.model_executor.cache.measurement import Measured, TokenProbe
-from xfuser.model_executor.cache.memory import BranchMemory, ModuleMemory
-from xfuser.model_executor.cache.plan import Plan
+from xfuser.model_executor.cache.blocks.flops import FlopCount
+from xfuser.model_executor.cache.blocks.history import BlockHistory, ModuleHistory
+from xfuser.model_executor.cache.blocks.plan import Plan
+from xfuser.model_executor.cache.blocks.probe import Measured, TokenProbe
+from xfuser.model_executor.cache.calibration.linear import LinearMaps
 from xfuser.model_executor.cache.statistics import StepRecord
 from xfuser.model_executor.cache.steps import Call
 
@@ -31,13 +31,13 @@ class Pending:
 class Branch:
     """Everything that is remembered of one conditioning branch of one generation."""
 
-    memory: BranchMemory
+    memory: BlockHistory
     policy_state: Any
     corrector_state: Any
     probe: TokenProbe
     keys: KeyValueMemory
     maps: LinearMaps | None
-    modules: ModuleMemory = field(default_factory=ModuleMemory)
+    modules: ModuleHistory = field(default_factory=ModuleHistory)
     pending: Pending | None = None
     spatial: dict[int, float] = field(default_factory=dict)
 

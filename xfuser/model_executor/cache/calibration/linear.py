@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from xfuser.model_executor.adapters import Streams
-from xfuser.model_executor.cache.memory import Reference
+from xfuser.model_executor.cache.blocks.history import Reference
 from xfuser.model_executor.cache.policies.base import Learning, Section
 from xfuser.model_executor.cache.steps import BranchKey
 
 if TYPE_CHECKING:
-    from xfuser.model_executor.cache.recorder import Samples
+    from xfuser.model_executor.cache.calibration.recorder import Samples
 
 # Above this many channels a full map costs more memory than it is worth: one slope a channel is fitted instead.
 FULL_CHANNELS = 1024
@@ -150,7 +150,7 @@ class LinearMaps:
             for tensors in pair:
                 yield from tensors
 
-    def stand_in(
+    def predict(
         self,
         block: int,
         inputs: Streams,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from xfuser.model_executor.cache.attach import Replacement
+from xfuser.model_executor.cache.patching import Replacement
 
 
 def check_compiled(blocks: Sequence[nn.Module], breaks: bool) -> None:

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from xfuser.core.shards import Streams, View, join, narrow_batch, views
+from xfuser.core.tokens import Streams, TokenView, join, narrow_batch, views
 from xfuser.model_executor.adapters.streams import take_spans
-from xfuser.model_executor.cache.execution import BlockRunner
-from xfuser.model_executor.cache.plan import Plan, Segment, Span
-from xfuser.model_executor.cache.standins import predict
-from xfuser.model_executor.cache.state import BlockCall, CallState
+from xfuser.model_executor.cache.blocks.plan import Plan, Segment, Span
+from xfuser.model_executor.cache.blocks.predict import predict
+from xfuser.model_executor.cache.blocks.runner import BlockRunner
+from xfuser.model_executor.cache.blocks.state import BlockCall, CallState
 
 
 class StageRunner(BlockRunner):
@@ -36,14 +36,14 @@ class StageRunner(BlockRunner):
         self.steps_by_lag: defaultdict[int, int] = defaultdict(int)
 
     def summary_of(self, runners: Sequence[BlockRunner]) -> dict[str, Any]:
-        stages, patches = len(self.placement.stage.stages), self.placement.patches
+        stages, patches = len(self.partition.stage.stages), self.partition.patches
         staged = [each for each in runners if isinstance(each, StageRunner)]
         lags: Counter[int] = sum((Counter(each.steps_by_lag) for each in staged), Counter())
         return {
             "pipefusion": {
-                "stages": [[each.start, each.stop] for each in self.placement.stage.stages],
+                "stages": [[each.start, each.stop] for each in self.partition.stage.stages],
                 "patches": patches,
-                "max_lag": self.placement.max_lag,
+                "max_lag": self.partition.max_lag,
                 "synchronous_steps": sum(each.synchronous for each in staged),
                 "displaced_steps": sum(each.displaced for each in staged),
                 "displaced_steps_by_lag": dict(sorted(lags.items())),
@@ -65,10 +65,10 @@ class StageRunner(BlockRunner):
 
     def _probe(self, active: CallState, call: BlockCall) -> Streams:
         """Block 0 on all tokens, on the first stage; its outputs on all of them."""
-        stage = self.placement.stage
+        stage = self.partition.stage
         if stage.is_first:
             with stage.clock("compute"):
-                outputs = self._evaluate_view(active, call, call.streams, View())
+                outputs = self._evaluate_view(active, call, call.streams, TokenView())
         else:
             outputs = tuple(torch.empty_like(stream) for stream in call.streams)
         outputs = tuple(stage.broadcast(stream, 0) for stream in outputs)
@@ -77,7 +77,7 @@ class StageRunner(BlockRunner):
 
     def _run_stage(self, active: CallState, call: BlockCall) -> Streams:
         assert active.plan is not None
-        stage, inputs, stack = self.placement.stage, active.stack_inputs, self.planner.spans[-1]
+        stage, inputs, stack = self.partition.stage, active.stack_inputs, self.planner.spans[-1]
         for segment in active.plan.segments:
             if not segment.evaluate:
                 active.record.evaluated[segment.span.first : segment.span.last + 1] = [0.0] * len(segment.span)
@@ -109,15 +109,15 @@ class StageRunner(BlockRunner):
         """Whether all blocks behind the probed ones are remembered as a whole."""
         return len(self.planner.spans) < len(self.blocks)
 
-    def _views(self, active: CallState) -> list[View]:
+    def _views(self, active: CallState) -> list[TokenView]:
         """The step's patches of tokens, or its groups of images where keys and values are too old or must be fresh."""
         assert active.plan is not None
         evaluated = [each.span for each in active.plan.segments if each.evaluate]
         nodes = [active.branch.memory.nodes(span.first) for span in evaluated if span.first >= self.policy.probe_blocks]
         lags = [active.call.step - each[0] if each else None for each in nodes]
         lag = None if not lags or None in lags else max(each for each in lags if each is not None)
-        batch, patches = active.stack_inputs[0].shape[0], self.placement.patches
-        if self.placement.displaces(active.call.step, lag):
+        batch, patches = active.stack_inputs[0].shape[0], self.partition.patches
+        if self.partition.displaces(active.call.step, lag):
             self.displaced += 1
             self.steps_by_lag[lag or 0] += 1
             return views(batch, 1, patches)
@@ -126,7 +126,7 @@ class StageRunner(BlockRunner):
 
     def _segments(self, plan: Plan) -> Iterator[Segment]:
         """This stage's share of the plan behind the probed blocks, in order; what is evaluated is so block by block."""
-        blocks = self.placement.stage.blocks
+        blocks = self.partition.stage.blocks
         block = max(blocks.start, self.policy.probe_blocks)
         while block < blocks.stop:
             segment = plan.at(block)
@@ -140,7 +140,7 @@ class StageRunner(BlockRunner):
         active: CallState,
         segment: Segment,
         streams: Streams,
-        view: View,
+        view: TokenView,
         boundaries: defaultdict[int, list[Streams]],
     ) -> Streams:
         boundaries[segment.span.first].append(streams)
@@ -148,7 +148,7 @@ class StageRunner(BlockRunner):
             return predict(segment, streams, active.branch.memory, active.branch.maps, view.take)
         return self._evaluate_view(active, active.calls[segment.span.first], streams, view)
 
-    def _evaluate_view(self, active: CallState, call: BlockCall, streams: Streams, view: View) -> Streams:
+    def _evaluate_view(self, active: CallState, call: BlockCall, streams: Streams, view: TokenView) -> Streams:
         """One block on a view of the tokens."""
         before = active.counted()
         named = self._arguments[call.index].named(call.args, call.kwargs)
@@ -158,7 +158,7 @@ class StageRunner(BlockRunner):
             spans = [view.span(length) for length in lengths]
             for argument in group.per_token:
                 named[argument.name] = take_spans(argument, named.get(argument.name), spans, lengths)
-        named = narrow_batch(named, self.spec.per_image, batch, view.rows)
+        named = narrow_batch(named, self.spec.per_image, batch, view.images)
         named |= self.form.write(group, streams)
         if self.tokens is None:
             output = call.original(**named)
@@ -171,7 +171,7 @@ class StageRunner(BlockRunner):
 
     def _keep_all(self, active: CallState, whole: Callable[[int], Streams]) -> None:
         assert active.plan is not None
-        stage = self.placement.stage
+        stage = self.partition.stage
         for span in self.planner.spans[self.policy.probe_blocks :]:
             first = span.first
             if self._remembers_stack:
@@ -194,7 +194,7 @@ class StageRunner(BlockRunner):
 
     def _show(self, active: CallState, block: int, whole: Callable[[int], Streams]) -> None:
         """Let those who watch see an evaluated block; only the stage that holds it has anything to show."""
-        if self.placement.stage.holds(block):
+        if self.partition.stage.holds(block):
             if self.policy.observes_blocks:
                 self.policy.observe(active.branch.policy_state, block, whole(block)[0], active.call.step)
             if self.planner.corrector.measures:
@@ -205,9 +205,9 @@ class StageRunner(BlockRunner):
     def _keep_probed(self, active: CallState, inputs: Streams, outputs: Streams) -> None:
         """Keep block 0, which the first stage has evaluated."""
         if self.planner.corrector.measures:
-            if self.placement.stage.is_first:
+            if self.partition.stage.is_first:
                 self.planner.measure(active, 0, inputs, outputs)
             else:
                 self.planner.note(active, 0)
-        mine = (inputs, outputs) if self.placement.stage.is_first else ((), ())
+        mine = (inputs, outputs) if self.partition.stage.is_first else ((), ())
         self._remember(active, 0, *mine)

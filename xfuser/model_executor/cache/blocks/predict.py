@@ -7,15 +7,15 @@ from dataclasses import replace
 
 from xfuser.model_executor.adapters import Streams
 from xfuser.model_executor.cache.approximation import Extrapolation
-from xfuser.model_executor.cache.linear import LinearMaps
-from xfuser.model_executor.cache.memory import BranchMemory
-from xfuser.model_executor.cache.plan import Plan, Segment, Span
+from xfuser.model_executor.cache.blocks.history import BlockHistory
+from xfuser.model_executor.cache.blocks.plan import Plan, Segment, Span
+from xfuser.model_executor.cache.calibration.linear import LinearMaps
 
 
 def with_coefficients(
     plan: Plan,
     step: int,
-    memory: BranchMemory,
+    memory: BlockHistory,
     approximation: Extrapolation,
     stack: Span,
     merge: bool,
@@ -46,7 +46,7 @@ def with_coefficients(
 
 
 def with_own_coefficients(
-    segment: Segment, step: int, memory: BranchMemory, approximation: Extrapolation, stack: Span
+    segment: Segment, step: int, memory: BlockHistory, approximation: Extrapolation, stack: Span
 ) -> Segment:
     """Give one segment its coefficients, whether or not it is evaluated."""
     nodes, row = memory.nodes(segment.span.first), row_of(segment.span, stack)
@@ -61,18 +61,18 @@ def row_of(span: Span, stack: Span) -> int:
 def predict(
     segment: Segment,
     inputs: Streams,
-    memory: BranchMemory,
+    memory: BlockHistory,
     maps: LinearMaps | None,
     take: Callable[[Streams], Streams] | None = None,
 ) -> Streams:
     """Predict a segment's outputs for these inputs; ``take`` picks their part of whole streams."""
     first = segment.span.first
     if maps is not None:
-        return maps.stand_in(first, inputs, memory.references[first][0], take)
-    return memory.stand_in(segment.span, inputs, segment.coefficients, take)
+        return maps.predict(first, inputs, memory.references[first][0], take)
+    return memory.predict(segment.span, inputs, segment.coefficients, take)
 
 
-def _joins(plan: Plan, memory: BranchMemory, at: int, last: int, cuts: frozenset[int]) -> bool:
+def _joins(plan: Plan, memory: BlockHistory, at: int, last: int, cuts: frozenset[int]) -> bool:
     this, following = plan.segments[at], plan.segments[last + 1]
     alike = not following.evaluate and following.correction == this.correction
     return alike and following.span.first not in cuts and memory.linked(last)

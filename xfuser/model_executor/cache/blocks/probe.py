@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from xfuser.core.shards import Extent
+from xfuser.core.tokens import Extent
 from xfuser.model_executor.cache.adacorrection.offset import offset_sums
 from xfuser.model_executor.cache.approximation import Extrapolation
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from xfuser.model_executor.cache.tokens import TokenChoice
+from xfuser.model_executor.cache.blocks.token_choice import TokenChoice
 
 
 @dataclass(frozen=True, order=True)

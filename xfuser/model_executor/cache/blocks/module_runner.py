@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from xfuser.model_executor.cache.attach import Replacement
-from xfuser.model_executor.cache.calibrating import Calibrator
+from xfuser.model_executor.cache.blocks.state import CallState
+from xfuser.model_executor.cache.calibration.learning import Calibrator
+from xfuser.model_executor.cache.patching import Replacement
 from xfuser.model_executor.cache.policies import Policy
-from xfuser.model_executor.cache.state import CallState
 
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 

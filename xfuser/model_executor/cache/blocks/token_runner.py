@@ -9,12 +9,12 @@ from torch import nn
 
 from xfuser.config import CacheConfig
 from xfuser.core.attention import AttentionContext
-from xfuser.core.shards import View
+from xfuser.core.tokens import TokenView
 from xfuser.model_executor.adapters import BoundArguments, ModelSpec, Streams
 from xfuser.model_executor.adapters.streams import StreamForm, take_places
-from xfuser.model_executor.cache.attach import Replacement
-from xfuser.model_executor.cache.state import CallState
-from xfuser.model_executor.cache.tokens import TokenChoice
+from xfuser.model_executor.cache.blocks.state import CallState
+from xfuser.model_executor.cache.blocks.token_choice import TokenChoice
+from xfuser.model_executor.cache.patching import Replacement
 
 
 class TokenRunner:
@@ -80,7 +80,7 @@ class TokenRunner:
             return original(*args, **kwargs)
 
     def evaluate_view(
-        self, active: CallState, original: Callable[..., Any], named: dict[str, Any], view: View, batch: int
+        self, active: CallState, original: Callable[..., Any], named: dict[str, Any], view: TokenView, batch: int
     ) -> Any:
         """A block on a view of a batch of that size; the other patches' keys and values are the remembered ones."""
         with self.attention.block(active.branch.keys if self._remembers else None, view=view, batch=batch):

@@ -10,7 +10,7 @@ from torch import nn
 
 from xfuser.config.spelling import did_you_mean
 from xfuser.model_executor.adapters import ModelSpec
-from xfuser.model_executor.cache.linear import LinearSection
+from xfuser.model_executor.cache.calibration.linear import LinearSection
 from xfuser.model_executor.cache.policies import POLICIES
 from xfuser.model_executor.cache.policies.base import Learning, Section
 

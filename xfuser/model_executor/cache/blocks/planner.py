@@ -11,24 +11,24 @@ from torch import nn
 
 from xfuser.config import CacheConfig
 from xfuser.core.attention import KeyValueMemory
-from xfuser.core.distributed.statistics import SumExchange
+from xfuser.core.distributed.exchange import SumExchange
 from xfuser.model_executor.adapters import Streams
 from xfuser.model_executor.cache.adacorrection.base import Observation, StepContext
 from xfuser.model_executor.cache.adacorrection.modes import build_corrector
 from xfuser.model_executor.cache.adacorrection.offset import DRIFT, ROW, OffsetRow, OffsetScore, drift_sums
 from xfuser.model_executor.cache.approximation import ORDERS, Extrapolation
-from xfuser.model_executor.cache.calibration import Calibration, FittedWeights
-from xfuser.model_executor.cache.linear import LinearMap, LinearMaps, maps_in
-from xfuser.model_executor.cache.measurement import TokenProbe
-from xfuser.model_executor.cache.memory import BranchMemory
-from xfuser.model_executor.cache.plan import Plan, Segment, Span
+from xfuser.model_executor.cache.blocks.history import BlockHistory
+from xfuser.model_executor.cache.blocks.plan import Plan, Segment, Span
+from xfuser.model_executor.cache.blocks.predict import with_coefficients, with_own_coefficients
+from xfuser.model_executor.cache.blocks.probe import TokenProbe
+from xfuser.model_executor.cache.blocks.state import Branch, CallState, Pending
+from xfuser.model_executor.cache.blocks.token_choice import TokenChoice
+from xfuser.model_executor.cache.calibration.linear import LinearMap, LinearMaps, maps_in
+from xfuser.model_executor.cache.calibration.store import Calibration, FittedWeights
 from xfuser.model_executor.cache.policies import Policy
-from xfuser.model_executor.cache.standins import with_coefficients, with_own_coefficients
-from xfuser.model_executor.cache.state import Branch, CallState, Pending
 from xfuser.model_executor.cache.statistics import Statistics, StepRecord
 from xfuser.model_executor.cache.steps import Call
-from xfuser.model_executor.cache.tokens import TokenChoice
-from xfuser.model_executor.pipefusion import Placement
+from xfuser.model_executor.pipefusion import Partition
 
 
 class StepPlanner:
@@ -47,11 +47,11 @@ class StepPlanner:
         exchange: SumExchange,
         statistics: Statistics,
         calibration: Calibration | None,
-        placement: Placement,
+        partition: Partition,
     ) -> None:
         self.stack_row, self.stack = statistics.blocks, Span(policy.probe_blocks, statistics.blocks - 1)
         self.spans: tuple[Span, ...] = ()
-        self.placement = placement
+        self.partition = partition
         self.config, self.policy, self.exchange, self.statistics = config, policy, exchange, statistics
         self._score = OffsetScore(config.score, config.adacorr_lambda)
         self.use(calibration)
@@ -59,16 +59,16 @@ class StepPlanner:
     def use(self, calibration: Calibration | None) -> None:
         """Take over what a calibration knows; without one, nothing is known yet."""
         self.calibration = self.policy.calibration = calibration
-        if self.config.stand_in == "fitted" and calibration is not None:
+        if self.config.predictor == "fitted" and calibration is not None:
             self.approximation: Extrapolation = FittedWeights(calibration, self.policy.probe_blocks)
         else:
-            self.approximation = Extrapolation(ORDERS[self.config.stand_in])
+            self.approximation = Extrapolation(ORDERS[self.config.predictor])
         self.corrector = build_corrector(self.config, self.approximation)
 
     def new_branch(self) -> Branch:
         """Make empty memory and fresh states for one branch of a generation."""
         return Branch(
-            BranchMemory(len(self.spans), self.approximation.order + 1),
+            BlockHistory(len(self.spans), self.approximation.order + 1),
             self.policy.new_state(),
             self.corrector.new_state(len(self.spans)),
             TokenProbe(self.approximation),
@@ -77,10 +77,10 @@ class StepPlanner:
         )
 
     def _new_maps(self) -> LinearMaps | None:
-        if self.config.stand_in != "linear":
+        if self.config.predictor != "linear":
             return None
         if self.calibration is None:
-            return LinearMaps(ranks=self.placement.peers, reduce=self.placement.reduce)
+            return LinearMaps(ranks=self.partition.peers, reduce=self.partition.reduce)
         section = self.calibration.sections.get("linear", {})
         known = {key: LinearMap(matrix=matrix) for key, matrix in maps_in(section).items()}
         return LinearMaps(calibrated=True, maps=known)
@@ -108,7 +108,7 @@ class StepPlanner:
         """The base method's sums of this step; ``probed`` are the first block's outputs, where it probes it."""
         state = active.branch.policy_state
         everywhere = self.policy.observes_blocks or self.policy.watches_modules
-        if not (self.placement.stage.is_first or everywhere):
+        if not (self.partition.stage.is_first or everywhere):
             return torch.zeros(self.policy.signals, device=active.first_inputs[0].device)
         return self.policy.measure(state, block, active.first_arguments, active.first_inputs, probed)
 
@@ -163,7 +163,7 @@ class StepPlanner:
         merge = not self.policy.observes_blocks or self.corrector.whole_steps
         merge = merge and branch.maps is None and not self.corrector.chooses_tokens
         merge = merge and self.policy.spec.contiguous
-        cuts = self.placement.stage.starts()
+        cuts = self.partition.stage.starts()
         plan = with_coefficients(plan, step, branch.memory, self.approximation, self.stack, merge, cuts)
         if tokens is None:
             return plan
@@ -244,7 +244,7 @@ class StepPlanner:
         drift = torch.zeros(DRIFT, device=signal.device)
         reference = branch.probe.last_inputs(self.stack_row)
         # Every stage has the inputs; one of them counts them.
-        if reference is not None and self.placement.stage.is_last:
+        if reference is not None and self.partition.stage.is_last:
             drift = drift_sums(branch.probe.sample(inputs), reference)
         unusable = branch.memory.count_unusable(signal.device, branch.others())
         return [signal, drift, unusable[None], self._rows(branch, signal.device)]
