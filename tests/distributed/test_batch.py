@@ -51,9 +51,9 @@ def jobs(cluster: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> P
     common += ["--ray_address", cluster["address"]]
     goal = [*common, "--adacorr_budget", 0.5]
 
-    def batch(name: str, *more: Any, prompts: str = "good", kill: list[int] | None = None) -> dict[str, Any]:
+    def batch(name: str, *more: Any, prompts: str = "good", **disturbed: Any) -> dict[str, Any]:
         arguments = ["batch", "--prompts", folder / f"{prompts}.jsonl", "--output_dir", folder / name, *more]
-        return {"arguments": [str(each) for each in arguments], "kill": kill, "folder": str(folder / name)}
+        return {"arguments": [str(each) for each in arguments], "folder": str(folder / name)} | disturbed
 
     commands = [
         batch("two", *goal, "--groups", 2, kill=cluster["raylets"]),
@@ -63,11 +63,11 @@ def jobs(cluster: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> P
     listed.write_text(json.dumps(commands))
     done = run(HELPERS / "run_commands.py", listed, limit=900, **SETTINGS)
     assert done.code == 0, done.err[-3000:]
-    # Somebody loses a file, half of a row, and the table, and gives the same command again.
+    # Somebody loses a file, gives the same command again, and asks it to end when the last batch is in flight.
     shutil.copytree(folder / "two", folder / "again")
     next((folder / "again").glob("images/*/a3.png")).unlink()
     listed = folder / "later.json"
-    listed.write_text(json.dumps([batch("again", *goal, "--groups", 2)]))
+    listed.write_text(json.dumps([batch("again", *goal, "--groups", 2, terminate=cluster["raylets"])]))
     done = run(HELPERS / "run_commands.py", listed, limit=900, **SETTINGS)
     assert done.code == 0, done.err[-3000:]
     return folder
@@ -124,6 +124,12 @@ def test_a_lost_file_is_made_again_and_is_the_same(jobs: Path) -> None:
     assert after["sha256"] == before["sha256"]
     run = json.loads((jobs / "again" / "summary.json").read_text())["run"]
     assert run["images"] == SIZE and run["learn_seconds"] == 0
+
+
+def test_who_asks_it_to_end_when_all_is_in_flight_gets_all(jobs: Path) -> None:
+    (command,) = ended(jobs, "later")
+    assert "SIGTERM: what is in flight has 30 seconds" in command["err"]
+    assert command["code"] == 0 and f"{COUNT} images in" in command["out"], command["err"]
 
 
 def test_bad_lines_are_told_and_the_others_made(jobs: Path) -> None:

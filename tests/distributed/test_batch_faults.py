@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
-from launching import run, start
+from launching import environment, run, start
 
 pytest.importorskip("ray")
 import pyarrow.parquet  # noqa: E402 (comes with Ray)
@@ -117,3 +118,38 @@ def test_whatever_is_killed_nothing_is_lost(
         assert "0 in this run" in done.out  # nothing was left to do
     assert not list(folder.rglob("*.partial"))
     assert json.loads((folder / "summary.json").read_text())["missing"] == 0
+
+
+def test_ctrl_c_in_a_terminal_ends_all_of_it_and_twice_at_once(
+    prompts: Path, undisturbed: list[str], tmp_path: Path
+) -> None:
+    """A terminal sends it to every process of the group, Ray's among them."""
+    folder = tmp_path / "job"
+
+    def interrupted(rows: int, times: int, *more: str) -> str:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "xfuser.cli", *arguments(prompts, folder), *more],
+            env=environment(),
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        when(process, folder, rows)
+        session = of_session(process)
+        if times > 1:  # what is in flight would take for ever
+            for each in session:
+                if each.name().startswith("ray::Group"):
+                    each.suspend()
+        for _ in range(times):
+            os.killpg(process.pid, signal.SIGINT)
+            time.sleep(1)
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 130, err
+        assert all_gone(session), [each.name() for each in session if each.is_running()]
+        return err
+
+    assert "once more ends it now" in interrupted(4, 2, "--grace", "1000")
+    assert f"of {COUNT} images are there" in interrupted(rows_in(folder) + 4, 1)
+    done = run("-m", "xfuser.cli", *arguments(prompts, folder), limit=900)
+    assert done.code == 0, done.err
+    assert digests(folder) == undisturbed

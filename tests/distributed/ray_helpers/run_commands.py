@@ -1,6 +1,9 @@
 """Runs `xdit` commands one after another in this process, which takes seconds to import what they need.
 
-python run_commands.py COMMANDS.json        a list of {"arguments": [...], "kill": whether a group's process is killed}
+python run_commands.py COMMANDS.json        a list of {"arguments": [...], "kill": raylets, "terminate": raylets}
+
+With "kill", a group's process of one of these raylets is killed; with "terminate", this one is asked to end while such
+a process generates.
 
 Leaves beside it COMMANDS.ended.json: of each command its exit code and what it wrote.
 """
@@ -32,6 +35,18 @@ def kill_one(raylets: list[int], folder: Path, killed: list[int]) -> None:
                 return
 
 
+def terminate_this(raylets: list[int]) -> None:
+    """Send this process SIGTERM while a group generates."""
+    while True:
+        for raylet in raylets:
+            for each in psutil.Process(raylet).children():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if "".join(each.cmdline()).startswith("ray::Group.make"):
+                        os.kill(os.getpid(), signal.SIGTERM)
+                        return
+        time.sleep(0.02)
+
+
 def main() -> None:
     listed = Path(sys.argv[1])
     ended = []
@@ -40,6 +55,8 @@ def main() -> None:
         if command.get("kill"):
             arguments = (command["kill"], Path(command["folder"]), killed)
             threading.Thread(target=kill_one, args=arguments, daemon=True).start()
+        if command.get("terminate"):
+            threading.Thread(target=terminate_this, args=(command["terminate"],), daemon=True).start()
         out, err, code = io.StringIO(), io.StringIO(), 0
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:

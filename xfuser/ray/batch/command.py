@@ -34,12 +34,12 @@ from xfuser.ray.batch.prompts import Rejected, files_of, read_requests
 from xfuser.ray.batch.report import write_report
 from xfuser.ray.batch.requests import Rules
 from xfuser.ray.batch.session import ray_session
+from xfuser.ray.batch.stopping import BY_SIGNAL, StopRequests
 from xfuser.ray.generator import calibration_files
 from xfuser.ray.rank import EngineSettings
 
 SOME_REJECTED = 3  # the exit code
 STOPPED = 1
-_BY_SIGNAL = {"SIGINT": 130, "SIGTERM": 143}
 
 
 def run_batch(args: argparse.Namespace) -> None:
@@ -61,7 +61,8 @@ def run_batch(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"--prompts {args.prompts}: all {len(rejected)} lines are bad; see {folder.path}/rejected.jsonl"
             )
-        code = _run(args, settings, folder, plan, rejected, began)
+        with StopRequests() as stops:
+            code = _run(args, settings, folder, plan, rejected, began, stops)
     finally:
         folder.close()
     if code:
@@ -145,6 +146,7 @@ def _run(
     plan: Plan,
     rejected: list[Rejected],
     began: float,
+    stops: StopRequests,
 ) -> int:
     limits = Limits(
         *args.groups, args.max_attempts, args.grace, args.timeout, args.calibration_images, args.threads or 1
@@ -154,8 +156,8 @@ def _run(
     def show(state: State) -> None:
         screen[0].show(state)
 
-    job = Job(folder, plan, settings, limits, rejected, show, args.image_format)
-    stopped: Exception | None = None
+    job = Job(folder, plan, settings, limits, rejected, show, args.image_format, stops)
+    stopped: Stopped | NotStarted | None = None
     times = {"prepare": time.time() - began}
     if job.left:
         start = time.time()
@@ -178,7 +180,8 @@ def _run(
             f"other {left}",
             file=sys.stderr,
         )
-        return _BY_SIGNAL.get(str(stopped).rpartition(" ")[2], STOPPED)
+        return BY_SIGNAL[stopped.signal] if isinstance(stopped, Stopped) and stopped.signal else STOPPED
+    stops.finish()
     summary = finish(args, folder, plan, job, times | {"all": time.time() - began})
     say(folder, summary, job.rejected)
     return SOME_REJECTED if job.rejected else 0

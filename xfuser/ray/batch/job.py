@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import resource
-import signal
-import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from types import FrameType
+from dataclasses import dataclass, field
 from typing import Any
 
 from xfuser.core.distributed.shutdown import one_line
@@ -19,6 +16,7 @@ from xfuser.ray.batch.groups import AHEAD, Groups, Waited, WorkerGroup, cause_of
 from xfuser.ray.batch.manifest import finished_places
 from xfuser.ray.batch.metrics import JobMetrics
 from xfuser.ray.batch.prompts import Rejected
+from xfuser.ray.batch.stopping import StopRequests
 from xfuser.ray.batch.work import Task, Work
 from xfuser.ray.cluster import ray
 from xfuser.ray.rank import EngineSettings
@@ -28,7 +26,16 @@ SAMPLES = 5000  # batches whose seconds a summary lists
 
 
 class Stopped(Exception):
-    """The job cannot go on; what was made is there, and the same command goes on from it."""
+    """The job cannot go on; what was made is there, and the same command goes on from it.
+
+    Args:
+        reason: Why, in one line.
+        signal: The signal that has asked for it, where one has.
+    """
+
+    def __init__(self, reason: str, signal: str | None = None) -> None:
+        super().__init__(reason)
+        self.signal = signal
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,7 @@ class State:
     manifest_bytes: int = 0
     learn_seconds: float = 0.0
     driver_seconds: float = 0.0  # of a processor, in rounds of the loop that had an answer
+    stopping: str = ""  # what it is asked to stop by, and how long that takes
 
     @property
     def share(self) -> float | None:
@@ -88,6 +96,7 @@ class Job:
         rejected: Lines that nothing could be made of.
         show: Called with the state, some times a second.
         image_format: Of the files.
+        stops: What asks it to stop.
     """
 
     def __init__(
@@ -99,14 +108,15 @@ class Job:
         rejected: list[Rejected],
         show: Callable[[State], None],
         image_format: str,
+        stops: StopRequests,
     ) -> None:
+        self._stops = stops
         self._folder, self._plan, self._limits, self._show = folder, plan, limits, show
         self.settings, self._format = settings, image_format
         self.rejected = rejected
         self._done = finished_places(folder.path, plan)
         self._todo = [each for each in plan.batches() if not all(self._done[place] for place in each.members)]
         self.state = State(len(plan), sum(self._done), rejected=len(rejected))
-        self._stop: str | None = None
         self._fatal: Exception | None = None
         self._too_large: dict[int, str] = {}
         self.groups: list[dict[str, Any]] = []
@@ -120,9 +130,10 @@ class Job:
         """Do what is missing.
 
         Raises:
-            Stopped: It was asked to stop, or cannot go on; what was made is there.
+            Stopped: It was asked to stop before all was done, or cannot go on; what was made is there.
             ValueError: A group refuses the model or the settings.
         """
+        self._stops.listen()
         known = self._folder.calibrations(self._plan)
         self._calibrations = {kind: ray.put(files) for kind, files in known.items()}
         self._work = Work(self._todo, self._limits.max_attempts, self.settings.learns, known)
@@ -133,24 +144,23 @@ class Job:
         )
         self._short_since = time.monotonic()
         try:
-            with _Signals(self._ask_to_stop):
-                self._loop()
+            self._loop()
         finally:
             self.groups = [each.document() for each in self._groups.all]
             self._groups.close()
             write_rejected(self._folder.path, self.rejected)
         if self._fatal is not None:
             raise self._fatal
-        if self._stop is not None:
-            raise Stopped(self._stop)
+        if not self._work.over:
+            raise Stopped(f"stopped by {self._stops.first}", self._stops.first)
 
     def _loop(self) -> None:
         ends = None
         while not self._work.over:
             began = time.thread_time()
-            if self._fatal is not None or self._stop is not None:
+            if self._fatal is not None or self._stops.first is not None:
                 now = time.monotonic()
-                grace = 0 if self._fatal is not None else self._limits.grace
+                grace = 0 if self._fatal is not None or self._stops.count > 1 else self._limits.grace
                 ends = min(now + grace, ends or now + grace)
                 if not self._groups.at_work or now >= ends:
                     return
@@ -313,36 +323,13 @@ class Job:
 
     # -- looking on ---------------------------------------------------------------------------------------------------
 
-    def _ask_to_stop(self, name: str) -> None:
-        if self._stop is not None:  # asked twice: at once
-            self._limits = replace(self._limits, grace=0.0)
-        self._stop = f"stopped by {name}"
-
     def _tell(self) -> None:
         state = self.state
         state.retries, state.rejected, state.alive = self._work.retries, len(self.rejected), len(self._groups.alive)
+        if self._stops.first is not None:
+            state.stopping = f"{self._stops.first}: what is in flight has {self._limits.grace:g} seconds (--grace)"
         self._metrics.state(state.alive, state.total - state.done, state.retries, state.rejected)
         self._show(state)
-
-
-class _Signals:
-    """Calls back on Ctrl-C and SIGTERM, for as long as it is entered; then they do what they did before."""
-
-    def __init__(self, call: Callable[[str], None]) -> None:
-        self._call = call
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._hear)
-
-    def __exit__(self, *unused: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        self._call(signal.Signals(number).name)
 
 
 def cpu_seconds() -> float:

@@ -36,6 +36,7 @@ class Screen:
         self._task = self._bar.add_task("images", total=total, completed=done, said="")
         self._began = self._line = time.monotonic()
         self._before = done
+        self._said_stopping = False
 
     def __enter__(self) -> Screen:
         self._bar.start()
@@ -48,6 +49,9 @@ class Screen:
 
     def show(self, state: State) -> None:
         """Show how a job stands."""
+        if state.stopping and not self._said_stopping:
+            self._said_stopping = True
+            self._console.print(f"xdit batch: {state.stopping}; once more ends it now", highlight=False, soft_wrap=True)
         seconds = time.monotonic() - self._began
         rate = (state.done - self._before) / seconds if seconds > 0 else 0.0
         share = "" if state.share is None else f"evaluated {state.share:.0%} · "
