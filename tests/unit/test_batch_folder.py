@@ -65,6 +65,37 @@ def test_the_table_has_every_image_once_in_the_files_order(job: tuple[JobFolder,
     assert merged["images"] == 3 and merged["missing"] == 3
 
 
+def test_an_image_that_was_made_twice_has_the_row_of_the_file_that_is_there(job: tuple[JobFolder, Plan]) -> None:
+    """Files' names are random, so that their order says nothing of which row came last."""
+    folder, plan = job
+    ManifestWriter(folder.path, "a").append([row(folder.path, 1, finished=20.0, sha256="second")])
+    ManifestWriter(folder.path, "b").append([row(folder.path, 1, finished=10.0, sha256="first")])
+    merge(folder.path, plan)
+    assert pyarrow.parquet.read_table(folder.path / "manifest.parquet")["sha256"].to_pylist() == ["second"]
+
+
+def test_the_table_is_written_block_by_block(job: tuple[JobFolder, Plan], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of two files, in turn, damaged lines among them: each block has those of its places, in order."""
+    folder, plan = job
+    monkeypatch.setattr("xfuser.ray.batch.manifest.BLOCK", 2)
+    for name, places in (("a", (5, 0, 2)), ("b", (4, 1))):
+        ManifestWriter(folder.path, name).append(
+            [row(folder.path, place, evaluated_share=place / 10) for place in places]
+        )
+        with (folder.path / "manifest" / f"{name}.jsonl").open("a") as file:
+            file.write("\0\0\0\n")
+        ManifestWriter(folder.path, name).append([row(folder.path, places[0], attempt=2, finished=9.0)])
+    merged = merge(folder.path, plan)
+    with pyarrow.parquet.ParquetFile(folder.path / "manifest.parquet") as table:
+        assert [table.read_row_group(index)["place"].to_pylist() for index in range(table.num_row_groups)] == [
+            [0, 1],
+            [2, 4],
+            [5],
+        ]
+        assert table.read()["attempt"].to_pylist() == [1, 1, 1, 2, 2]
+    assert merged["evaluated_share"] == pytest.approx((0.0 + 0.1 + 0.2 + 0.5 + 0.5) / 5)
+
+
 def test_a_job_goes_on_with_the_same_settings_and_prompts_only(job: tuple[JobFolder, Plan], tmp_path: Path) -> None:
     folder, plan = job
     folder.close()

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import threading
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from xfuser.core.files import replacing
 from xfuser.ray.batch.batches import Plan
@@ -32,6 +35,8 @@ COLUMNS = {
     "attempt": "int64",
     "finished": "float64",
 }
+BLOCK = 32768  # rows that a merge holds at once, and a row group of the table
+_FILE = 1 << 40  # a row's position is its file's number times this, plus the byte where it begins
 
 
 class ManifestWriter:
@@ -64,14 +69,9 @@ class ManifestWriter:
 
 def read_rows(folder: Path) -> Iterator[dict[str, Any]]:
     """Read the rows of all groups; a line that a process could not finish any more is no row."""
-    for path in sorted((folder / FOLDER).glob("*.jsonl")):
-        with path.open("rb") as lines:
-            for line in lines:
-                if line.endswith(b"\n"):
-                    try:
-                        yield json.loads(line)
-                    except ValueError:  # a machine that lost its power may leave zeros
-                        continue
+    for path in _files(folder):
+        for _, row in _rows_of(path):
+            yield row
 
 
 def finished_places(folder: Path, plan: Plan) -> bytearray:
@@ -85,33 +85,76 @@ def finished_places(folder: Path, plan: Plan) -> bytearray:
 
 
 def merge(folder: Path, plan: Plan) -> dict[str, Any]:
-    """Write the table of all images, in the file's order, and return what can be summed up of it.
+    """Write the table of all images, in the prompts' order, and return what can be summed up of it.
 
-    An image that was made twice, since its row or its file was lost, has its last row.
+    An image that was made twice, since its row or its file was lost, has the row that was finished last: that is the
+    one whose bytes are in its file. Held in memory are 16 bytes for each image, and the rows of one block.
     """
     import pyarrow
     import pyarrow.parquet
 
-    columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
-    last: dict[int, int] = {}
-    for row in read_rows(folder):
-        known = last.setdefault(row["place"], len(last))
-        for name, values in columns.items():
-            if known == len(values):
-                values.append(row.get(name))
-            else:
-                values[known] = row.get(name)
+    files = _files(folder)
+    positions = _last_positions(files, len(plan))
+    found = positions[positions >= 0]
     schema = pyarrow.schema([(name, pyarrow.type_for_alias(kind)) for name, kind in COLUMNS.items()])
-    table = pyarrow.table(columns, schema=schema).sort_by("place")
-    with replacing(folder / TABLE) as temporary:
-        pyarrow.parquet.write_table(table, temporary, compression="zstd")
-    shares = [share for share in columns["evaluated_share"] if share is not None]
+    shares, told = 0.0, 0
+    with (
+        replacing(folder / TABLE) as temporary,
+        pyarrow.parquet.ParquetWriter(temporary, schema, compression="zstd") as table,
+    ):
+        for start in range(0, len(found), BLOCK):
+            columns = _columns_at(files, found[start : start + BLOCK])
+            table.write_table(pyarrow.table(columns, schema=schema))
+            known = [share for share in columns["evaluated_share"] if share is not None]
+            shares, told = shares + sum(known), told + len(known)
     return {
-        "images": table.num_rows,
-        "missing": len(plan) - table.num_rows,
-        "evaluated_share": sum(shares) / len(shares) if shares else None,
+        "images": len(found),
+        "missing": len(plan) - len(found),
+        "evaluated_share": shares / told if told else None,
         "manifest_bytes": (folder / TABLE).stat().st_size,
     }
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted((folder / FOLDER).glob("*.jsonl"))
+
+
+def _rows_of(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Read a file's rows, each with the byte where it begins."""
+    start = 0
+    with path.open("rb") as lines:
+        for line in lines:
+            if line.endswith(b"\n"):
+                try:
+                    yield start, json.loads(line)
+                except ValueError:  # a machine that lost its power may leave zeros
+                    pass
+            start += len(line)
+
+
+def _last_positions(files: Sequence[Path], count: int) -> np.ndarray:
+    """Find where each image's row is, int64 [count] by place; -1 where there is none."""
+    positions, finished = array("q", [-1]) * count, array("d", [-np.inf]) * count
+    for number, path in enumerate(files):
+        for start, row in _rows_of(path):
+            place = row["place"]
+            if place < count and row["finished"] >= finished[place]:
+                positions[place], finished[place] = number * _FILE + start, row["finished"]
+    return np.frombuffer(positions, dtype=np.int64)
+
+
+def _columns_at(files: Sequence[Path], positions: np.ndarray) -> dict[str, list[Any]]:
+    """Read the rows at these positions, in their order, opening each file once."""
+    columns: dict[str, list[Any]] = {name: [None] * len(positions) for name in COLUMNS}
+    numbers, starts = np.divmod(positions, _FILE)
+    for number in np.unique(numbers):
+        with files[number].open("rb") as lines:
+            for index in np.flatnonzero(numbers == number):
+                lines.seek(starts[index])
+                row = json.loads(lines.readline())
+                for name, values in columns.items():
+                    values[index] = row.get(name)
+    return columns
 
 
 def _is_there(path: Path, size: int) -> bool:

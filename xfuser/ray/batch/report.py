@@ -34,8 +34,8 @@ def write_report(folder: Path, summary: Mapping[str, Any], rejected: Sequence[Re
     """
     import pyarrow.parquet
 
-    table = pyarrow.parquet.read_table(folder / TABLE, columns=["path", "group", "finished", "seconds", "attempt"])
-    rows = table.to_pydict()
+    table = pyarrow.parquet.read_table(folder / TABLE, columns=["group", "finished", "seconds", "attempt"])
+    columns = {name: table[name].to_numpy() for name in table.column_names}
     text = files("xfuser.ray.batch").joinpath("report.html.j2").read_text(encoding="utf-8")
     page = Environment(autoescape=True).from_string(text)
     write_text(
@@ -44,20 +44,19 @@ def write_report(folder: Path, summary: Mapping[str, Any], rejected: Sequence[Re
             folder=folder.name,
             summary=summary,
             settings=json.dumps(summary["settings"], indent=2),
-            groups=_lines(rows),
-            throughput=_throughput(rows),
-            sheet=_contact_sheet(folder, rows["path"]),
+            groups=_lines(columns),
+            throughput=_throughput(columns["finished"]),
+            sheet=_contact_sheet(folder, _chosen_paths(folder)),
             rejected=rejected[:LISTED],
             more=max(0, len(rejected) - LISTED),
         ),
     )
 
 
-def _lines(rows: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
-    groups = np.array(rows["group"], dtype=int)
-    seconds, attempts = np.array(rows["seconds"], dtype=float), np.array(rows["attempt"], dtype=int)
+def _lines(columns: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+    groups, seconds, attempts = columns["group"], columns["seconds"], columns["attempt"]
     found = []
-    for number in sorted(set(groups.tolist())):
+    for number in np.unique(groups).tolist():
         own = groups == number
         found.append(
             {
@@ -71,11 +70,11 @@ def _lines(rows: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _throughput(rows: Mapping[str, list[Any]]) -> str:
+def _throughput(finished: np.ndarray) -> str:
     """Draw images a second over the time of all runs, as SVG."""
     from matplotlib.figure import Figure
 
-    finished = np.sort(np.array(rows["finished"], dtype=float))
+    finished = np.sort(finished)
     figure = Figure(figsize=(8, 2.6), layout="constrained")
     axes = figure.subplots()
     if len(finished) > 1 and finished[-1] > finished[0]:
@@ -91,9 +90,23 @@ def _throughput(rows: Mapping[str, list[Any]]) -> str:
     return text[text.index("<svg") :]
 
 
-def _contact_sheet(folder: Path, paths: Sequence[str]) -> str:
-    """Put some images, spread over all of them, into one; as base64 of a JPEG."""
-    chosen = [paths[index] for index in np.unique(np.linspace(0, len(paths) - 1, min(SHOWN, len(paths))).astype(int))]
+def _chosen_paths(folder: Path) -> list[str]:
+    """Read the paths of some images, spread over all of them."""
+    import pyarrow.parquet
+
+    chosen: list[str] = []
+    with pyarrow.parquet.ParquetFile(folder / TABLE) as table:
+        count, seen = table.metadata.num_rows, 0
+        wanted = np.unique(np.linspace(0, count - 1, min(SHOWN, count)).astype(int))
+        for block in table.iter_batches(columns=["path"]):
+            here = wanted[(wanted >= seen) & (wanted < seen + len(block))] - seen
+            chosen += block["path"].take(pyarrow.array(here)).to_pylist()
+            seen += len(block)
+    return chosen
+
+
+def _contact_sheet(folder: Path, chosen: Sequence[str]) -> str:
+    """Put some images into one; as base64 of a JPEG."""
     columns = 12
     sheet = Image.new("RGB", (columns * SIDE, max(1, -(-len(chosen) // columns)) * SIDE), "white")
     for place, path in enumerate(chosen):
