@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from xfuser.model_executor.cache.adacorrection.trajectory.goals import speedup_of
 from xfuser.model_executor.cache.adacorrection.trajectory.plan import CONDITIONAL, FULL, SKIP, Plan
 from xfuser.model_executor.cache.adacorrection.trajectory.schedule import (
     Gram,
@@ -99,3 +100,12 @@ def test_equations_of_images_in_turn_are_those_of_one_batch() -> None:
     joined = parts[1].join(parts[0])
     assert joined.images == 4
     assert torch.equal(joined.inner, whole.inner) and torch.equal(joined.target, whole.target)
+
+
+def test_a_speedup_counts_the_correction_of_every_step() -> None:
+    """Ten steps of 9 + 1 seconds uncached; cached 10 × (1 + ½) + 9 × (2 + .6 of one)."""
+    plan = Plan((FULL, SKIP, CONDITIONAL, SKIP, FULL, *(SKIP,) * 5))
+    timing = {"denoiser": 9.0, "outside": 1.0, "correction": 0.5, "half_share": 0.6}
+    assert speedup_of(plan, timing) == pytest.approx(100 / (15 + 9 * 2.6))
+    del timing["correction"]  # a file of an earlier version
+    assert speedup_of(plan, timing) == pytest.approx(100 / (10 + 9 * 2.6))

@@ -107,6 +107,8 @@ def test_target_speedup_counts_what_is_outside_the_denoiser(tiny: Any) -> None:
         assert summary["predicted"]["speedup"] == pytest.approx(2, rel=0.2)
         assert summary["evaluated_share"] < 0.6
         assert summary["learned_generations"] == 1
+        timing = engine.calibration.timing
+        assert 0 < timing["correction"] < timing["denoiser"]
     finally:
         engine.remove()
 

@@ -71,7 +71,7 @@ class Calibration:
         gram: Of all recorded generations.
         images: How many were recorded.
         places: (call, half) of the branches, conditional first.
-        timing: Seconds a step: ``denoiser``, ``outside``; and ``half_share``.
+        timing: Seconds a step: ``denoiser``, ``outside``, ``correction``; and ``half_share``.
         learned: By plan digest.
         notes: What may differ from one use to the next: size, batch.
         half_names: The denoiser's arguments that list the batch, where it can be evaluated by halves.

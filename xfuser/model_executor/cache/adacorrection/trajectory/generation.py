@@ -210,6 +210,7 @@ class Generation:
             self.recording.add(float(timestep), latents, self._newest(latents), guided)
             if self._keeps_raw:
                 self.recording.raw.append([_whole(slot) for slot in self._slots])
+            self.recording.correction_seconds.append(self._time_correction(sample))
         self._spent_recording += time.perf_counter() - begin
         result = take()
         result = self._corrected(result, sample)
@@ -246,6 +247,21 @@ class Generation:
         branches = [layout.branch(self._slots, index) for index in range(layout.branches)]
         return [beside(branch.outputs[0][1], latents) for branch in branches]
 
+    def _time_correction(self, sample: torch.Tensor) -> float:
+        """Take the seconds that a skipped step adds: the forecast, and the sum that corrects the latent."""
+        layout = self.layout
+        assert layout is not None
+        self._synchronize()
+        begin = time.perf_counter()
+        for slot in self._slots:
+            if slot.branches:
+                slot.forecast(self.step + 1)
+        latents = layout.fold(sample)
+        features, _ = self._features(latents)
+        _added(latents, features, [0.0] * len(features))
+        self._synchronize()
+        return time.perf_counter() - begin
+
     def _corrected(self, result: Any, sample: torch.Tensor) -> Any:
         fit = self.fit
         if self.broken is not None or (fit is None and self.weights is None):
@@ -269,14 +285,8 @@ class Generation:
         numbers = weights.tolist()
         if not any(numbers):
             return result
-        added = features[0] * numbers[0]
-        for feature, number in zip(features[1:], numbers[1:], strict=True):
-            added = torch.add(added, feature, alpha=number)
-        corrected = previous.float() + added
-        finite = torch.isfinite(corrected).all()
+        corrected, finite = _added(previous, features, numbers)
         self.not_finite.append(~finite)
-        # Decided on the device: asking for the answer would wait for it at every step.
-        corrected = torch.where(finite, corrected, previous.float()).to(previous.dtype)
         return with_prev_sample(result, layout.unfold(corrected))
 
     def _features(self, latents: torch.Tensor) -> tuple[list[torch.Tensor], list[int]]:
@@ -301,6 +311,19 @@ class Generation:
         """Let go of all tensors; what was counted stays."""
         self._slots, self._guided, self.recording, self.fit = [], Branch(), None, None
         self._newest_latents = torch.empty(0)
+
+
+def _added(
+    latents: torch.Tensor, features: list[torch.Tensor], numbers: list[float]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add the weighted features to latents, unless what comes out is not finite; and whether it is."""
+    added = features[0] * numbers[0]
+    for feature, number in zip(features[1:], numbers[1:], strict=True):
+        added = torch.add(added, feature, alpha=number)
+    corrected = latents.float() + added
+    finite = torch.isfinite(corrected).all()
+    # Decided on the device: asking for the answer would wait for it at every step.
+    return torch.where(finite, corrected, latents.float()).to(latents.dtype), finite
 
 
 def _whole(slot: Slot) -> torch.Tensor:

@@ -17,12 +17,9 @@ class Unreachable(ValueError):
 
 
 def speedup_of(plan: Plan, timing: dict[str, float]) -> float:
-    """Predict the denoising loop's speed-up from the seconds of one uncached step."""
-    denoiser, outside = timing["denoiser"], timing["outside"]
-    full = plan.kinds.count(FULL)
-    alone = plan.kinds.count(CONDITIONAL)
-    spent = plan.steps * outside + denoiser * (full + timing["half_share"] * alone)
-    return plan.steps * (denoiser + outside) / spent
+    """Predict the denoising loop's speed-up from the seconds of one uncached step and of one correction."""
+    evaluations = plan.kinds.count(FULL) + timing["half_share"] * plan.kinds.count(CONDITIONAL)
+    return _speedup_at(FULL * evaluations, plan.steps, timing)
 
 
 class Goal:
@@ -71,7 +68,7 @@ class Goal:
         largest = speedup_of(Plan.at(steps, [0]), timing)
         if asked > largest:
             raise Unreachable(
-                f"target_speedup={asked:g}: with {steps} steps and {timing['outside'] / timing['denoiser']:.1%} of the "
+                f"target_speedup={asked:g}: with {steps} steps and {_beside(timing) / timing['denoiser']:.1%} of the "
                 f"denoiser's time outside it, the largest is {largest:.2f}"
             )
         candidates = range(FULL, FULL * steps + 1, 1 if apart else FULL)
@@ -144,6 +141,11 @@ def _named(within: list[Learned], learned: list[Learned]) -> list[Learned]:
     raise ValueError(f"calibration: it knows no plan within the goal, only budgets {known}; use calibration='auto'")
 
 
-def _speedup_at(units: int, steps: int, timing: dict[str, float]) -> float:
-    spent = steps * timing["outside"] + timing["denoiser"] * units / FULL
+def _beside(timing: dict[str, float]) -> float:
+    """Sum up a cached step's seconds beside the denoiser; files of earlier versions did not time the correction."""
+    return timing["outside"] + timing.get("correction", 0.0)
+
+
+def _speedup_at(units: float, steps: int, timing: dict[str, float]) -> float:
+    spent = steps * _beside(timing) + timing["denoiser"] * units / FULL
     return steps * (timing["denoiser"] + timing["outside"]) / spent

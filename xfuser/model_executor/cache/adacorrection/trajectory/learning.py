@@ -340,10 +340,13 @@ class Learner:
 def _timing(recordings: list[Recording], half_seconds: float | None) -> dict[str, float]:
     denoiser = [each for recording in recordings for each in recording.denoiser_seconds[1:]]
     whole = [each for recording in recordings for each in recording.step_seconds[1:]]
+    # The first steps remember less, so that there is less to add up.
+    correction = [each for recording in recordings for each in recording.correction_seconds[-(recording.steps // 2) :]]
     seconds = statistics.median(denoiser)
     return {
         "denoiser": seconds,
         "outside": max(statistics.median(whole) - seconds, 0.0),
+        "correction": statistics.median(correction),
         # A half batch saves less than half where the batch is small.
         "half_share": 0.5 if half_seconds is None else min(max(half_seconds / seconds, 0.5), 1.0),
     }

@@ -28,6 +28,7 @@ class Recording:
         raw: Per step, what each call returned, where a replay is to do without the denoiser.
         denoiser_seconds: Per step.
         step_seconds: Per step, with all that is outside the denoiser, less the recording itself.
+        correction_seconds: Per step, what forecast and correction would add to it.
     """
 
     layout: Layout
@@ -38,6 +39,7 @@ class Recording:
     raw: list[list[torch.Tensor]] = field(default_factory=list)
     denoiser_seconds: list[float] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
+    correction_seconds: list[float] = field(default_factory=list)
 
     @property
     def steps(self) -> int:
