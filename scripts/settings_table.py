@@ -1,4 +1,4 @@
-"""Write the tables of settings in README.md and docs/methods.md anew, from what the settings say of themselves.
+"""Write the tables of settings in README.md and docs anew, from what the settings say of themselves.
 
 python scripts/settings_table.py            # writes them
 python scripts/settings_table.py --check    # exits with 1 where one is not current
@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,25 +18,28 @@ sys.path.insert(0, str(ROOT))
 
 from xfuser.config.cache import by_reader  # noqa: E402
 from xfuser.config.settings import default_of, setting_of  # noqa: E402
+from xfuser.config.trajectory import TrajectoryConfig  # noqa: E402
 
 BEGIN, END = "<!-- settings: by scripts/settings_table.py -->", "<!-- end of settings -->"
-# Which settings each page shows; None shows all.
-PAGES: dict[str, tuple[str, ...] | None] = {
-    "docs/methods.md": None,
-    "README.md": (
-        *("use_cache", "rel_l1_thresh", "motion_threshold", "approximation", "calibration", "enable_adacorrection"),
-        *("adacorr_mode", "adacorr_budget", "adacorr_tolerance", "granularity"),
+TRAJECTORY = "the trajectory"
+# Which settings each page shows, those of the trajectory first.
+PAGES: dict[str, Callable[[str, str], bool]] = {
+    "docs/methods.md": lambda name, reader: reader != TRAJECTORY,
+    "docs/choose-a-setting.md": lambda name, reader: reader == TRAJECTORY,
+    "README.md": lambda name, reader: (
+        name in ("target_speedup", "min_psnr", "use_cache", "rel_l1_thresh", "enable_adacorrection")
+        or (reader == TRAJECTORY and name in ("adacorr_budget", "calibration", "calibration_images"))
     ),
 }
 
 
-def table(shown: tuple[str, ...] | None) -> str:
-    """Draw the table of some settings, or of all, in the order of `CacheConfig`."""
+def table(shown: Callable[[str, str], bool]) -> str:
+    """Draw the table of some settings, in the order of `TrajectoryConfig` and `CacheConfig`."""
     lines = ["| setting | what it does | default | range | belongs to |", "|---|---|---|---|---|"]
-    for reader, settings in by_reader():
+    for reader, settings in [(TRAJECTORY, fields(TrajectoryConfig)), *by_reader()]:
         for each in settings:
             known = setting_of(each)
-            if shown is None or each.name in shown:
+            if shown(each.name, reader):
                 belongs = ", ".join(known.readers) or reader or "all"
                 default = default_of(each) if known.otherwise else f"`{each.default!r}`"
                 lines.append(f"| `{each.name}` | {known.text} | {default} | {known.allowed} | {belongs} |")

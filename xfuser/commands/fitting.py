@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from xfuser.config.cache import FIRST
+from xfuser.config.trajectory import AUTO
 from xfuser.model_executor.cache.adacorrection.trajectory.calibration import KIND
-from xfuser.model_executor.cache.adacorrection.trajectory.settings import AUTO
 from xfuser.model_executor.pipelines.choosing import INDEX, read_index
 from xfuser.model_executor.pipelines.model_types import MODEL_TYPES
 

@@ -18,13 +18,13 @@ from xfuser.commands.fitting import check_calibration_fits
 from xfuser.commands.loaded import load_and_request
 from xfuser.commands.stopping import stop
 from xfuser.config import CacheConfig
-from xfuser.config.arguments import GOALS, cache_settings, parallel_config, trajectory_settings
+from xfuser.config.arguments import cache_settings, parallel_config, trajectory_settings
 from xfuser.config.parallel import ParallelConfig
+from xfuser.config.trajectory import GOALS, TrajectoryConfig
 from xfuser.core.distributed import launch
 from xfuser.core.distributed.environment import choose_device, join_processes, launched, rank, world_size
 from xfuser.core.distributed.mesh import ParallelMesh
 from xfuser.core.distributed.shutdown import begin_together, decided_by_first, finish, watch
-from xfuser.model_executor.cache.adacorrection.trajectory import TrajectoryConfig
 from xfuser.model_executor.cache.apply import spends_as_base
 from xfuser.model_executor.parallel import AlonePipeline, ParallelPipeline, check_combination, parallelize
 from xfuser.model_executor.pipelines.choosing import resolve_model
@@ -125,7 +125,7 @@ def cache_of(args: argparse.Namespace) -> tuple[CacheConfig | TrajectoryConfig, 
         check_counting(args)
         check_calibration_fits(args, f"--use_cache {settings['use_cache']}")
         return CacheConfig.from_keywords(**{**settings, "calibration": None}), settings
-    goal = next(name for name in (*GOALS, "adacorr_budget") if name in settings)
+    goal = next(name for name in GOALS if name in settings)
     check_calibration_fits(args, f"--{goal}")
     return TrajectoryConfig(**settings), settings
 

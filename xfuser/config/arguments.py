@@ -12,6 +12,7 @@ from xfuser.config.cache import CacheConfig, CorrectionSettings, settings_read_b
 from xfuser.config.methods import METHODS, settings_of
 from xfuser.config.parallel import ParallelConfig
 from xfuser.config.settings import add_flags, named_in, positive
+from xfuser.config.trajectory import goals_with_flags
 
 
 class Named(argparse.Action):
@@ -91,7 +92,6 @@ def base_settings(args: argparse.Namespace, method: str) -> dict[str, Any]:
     return {"use_cache": method, **named}
 
 
-GOALS = ("target_speedup", "min_psnr")
 _ON_TRAJECTORY = {"use_cache", "enable_adacorrection", "adacorr_budget", "calibration"}  # that level reads them too
 
 
@@ -100,12 +100,7 @@ def add_goal_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "AdaCorrection on the trajectory (name one goal, and no base method; --adacorr_budget alone is the third)"
     )
-    group.add_argument(
-        "--target_speedup", type=float, metavar="X", help="make the denoising loop X times faster, above 1 (start here)"
-    )
-    group.add_argument(
-        "--min_psnr", type=float, metavar="DB", help="the fewest evaluations predicted to stay this near, in dB"
-    )
+    add_flags(group, goals_with_flags())
 
 
 def trajectory_settings(args: argparse.Namespace) -> dict[str, Any] | None:
@@ -114,7 +109,7 @@ def trajectory_settings(args: argparse.Namespace) -> dict[str, Any] | None:
     Raises:
         ValueError: A setting that the trajectory does not have is named beside a goal.
     """
-    goals = {name: getattr(args, name) for name in GOALS if getattr(args, name) is not None}
+    goals = named_in(args, goals_with_flags())
     method = cache_method(args)
     if not goals and (method is not None or args.enable_adacorrection or args.adacorr_budget is None):
         return None

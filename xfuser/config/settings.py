@@ -43,17 +43,24 @@ def number(
     high: float = math.inf,
     otherwise: str = "",
     readers: tuple[str, ...] = (),
+    above: float | None = None,
+    metavar: str | None = None,
 ) -> Any:
-    """Declare a number between two limits; ``None`` is allowed where it is the default."""
+    """Declare a number from ``low`` or strictly ``above`` a limit; ``None`` is allowed where it is the default."""
+    upper = "" if high == math.inf else f" and at most {high:g}"
+    if above is not None:
+        limits = f"above {above:g}{upper}"
+    else:
+        limits = f", at least {low:g}" if not upper else f", between {low:g} and {high:g}"
 
     def check(name: str, value: Any) -> None:
         plain = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not plain or not low <= value <= high or math.isinf(value):
-            limits = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-            raise ValueError(f"{name}={value!r}: expected a number, {limits}")
+        if not plain or not (low if above is None else above) <= value <= high or value in (above, math.inf):
+            raise ValueError(f"{name}={value!r}: expected a number{'' if limits[0] == ',' else ' '}{limits}")
 
-    allowed = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
-    return _field(default, Setting(text, check, otherwise, readers, {"type": float}, allowed))
+    allowed = limits if above is not None else (f"{low:g} or more" if not upper else f"{low:g} to {high:g}")
+    argument = {"type": float} if metavar is None else {"type": float, "metavar": metavar}
+    return _field(default, Setting(text, check, otherwise, readers, argument, allowed))
 
 
 def count(default: int | None, text: str, otherwise: str = "", readers: tuple[str, ...] = (), flag: bool = True) -> Any:
@@ -89,16 +96,23 @@ def switch(default: bool | None, text: str, otherwise: str = "", readers: tuple[
     return _field(default, Setting(text, check, otherwise, readers, argument, "`True`, `False`"))
 
 
-def path(text: str, words: Iterable[str], otherwise: str = "", readers: tuple[str, ...] = ()) -> Any:
-    """Declare a file's path, or one of some words; ``None`` by default."""
-    expected = "a file's path or " + " or ".join(map(repr, words))
+def path(
+    text: str,
+    words: Iterable[str],
+    otherwise: str = "",
+    readers: tuple[str, ...] = (),
+    default: str | None = None,
+) -> Any:
+    """Declare a path, or one of some words."""
+    known = tuple(words)
+    expected = " or ".join(["a path", *map(repr, known)])
 
     def check(name: str, value: Any) -> None:
-        if value is not None and not isinstance(value, (str, PathLike)):
+        if not isinstance(value, (str, PathLike)) and (value is not None or default is not None):
             raise ValueError(f"{name}={value!r}: expected {expected}")
 
-    allowed = "a file's path, " + ", ".join(f"`{each}`" for each in words)
-    return _field(None, Setting(text, check, otherwise, readers, {"metavar": "FILE"}, allowed))
+    allowed = ", ".join(["a path", *(f"`{each}`" for each in known)])
+    return _field(default, Setting(text, check, otherwise, readers, {"metavar": "FILE"}, allowed))
 
 
 def word(text: str, check: Callable[[str, Any], None], otherwise: str = "", allowed: str = "") -> Any:

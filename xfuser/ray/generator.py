@@ -19,8 +19,8 @@ from PIL import Image
 from xfuser.config import CacheConfig
 from xfuser.config.cache import FIRST
 from xfuser.config.parallel import ParallelConfig
+from xfuser.config.trajectory import TrajectoryConfig
 from xfuser.core.console import quiet_libraries
-from xfuser.model_executor.cache.adacorrection.trajectory import TrajectoryConfig
 from xfuser.model_executor.cache.apply import on_trajectory
 from xfuser.model_executor.parallel import check_combination
 from xfuser.model_executor.pipelines.choosing import resolve_model

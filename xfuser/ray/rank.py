@@ -13,6 +13,7 @@ import torch
 
 from xfuser.config.cache import FIRST
 from xfuser.config.parallel import ParallelConfig
+from xfuser.config.trajectory import AUTO
 from xfuser.core.distributed.environment import (
     Meeting,
     choose_device,
@@ -22,7 +23,6 @@ from xfuser.core.distributed.environment import (
     synchronize,
 )
 from xfuser.core.distributed.mesh import ParallelMesh
-from xfuser.model_executor.cache.adacorrection.trajectory.settings import AUTO
 from xfuser.model_executor.cache.apply import on_trajectory
 from xfuser.model_executor.parallel import parallelize
 from xfuser.model_executor.pipelines.loading import load_pipeline

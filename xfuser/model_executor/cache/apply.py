@@ -13,10 +13,10 @@ from torch import nn
 
 from xfuser.config import CacheConfig
 from xfuser.config.cache import FIRST, base_method
+from xfuser.config.trajectory import AUTO, TrajectoryConfig
 from xfuser.model_executor.adapters import denoisers_of, spec_of
 from xfuser.model_executor.cache.adacorrection.trajectory.calibration import is_trajectory
 from xfuser.model_executor.cache.adacorrection.trajectory.engine import TrajectoryEngine, attach_trajectory
-from xfuser.model_executor.cache.adacorrection.trajectory.settings import AUTO, TrajectoryConfig
 from xfuser.model_executor.cache.blocks.counting import BaseCounter
 from xfuser.model_executor.cache.blocks.parts import check_model
 from xfuser.model_executor.cache.calibration.store import Calibration

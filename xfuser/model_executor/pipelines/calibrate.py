@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from xfuser.config.trajectory import refinement
 from xfuser.model_executor.cache.adacorrection.trajectory import attach_trajectory
 from xfuser.model_executor.cache.adacorrection.trajectory.calibration import Calibration
 from xfuser.model_executor.cache.adacorrection.trajectory.goals import speedup_of
-from xfuser.model_executor.cache.adacorrection.trajectory.settings import refinement
 from xfuser.model_executor.pipelines.generate import Generation, batches_of, call_of
 from xfuser.model_executor.pipelines.loading import LoadedPipeline
 

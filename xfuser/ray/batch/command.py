@@ -13,13 +13,13 @@ import numpy as np
 from xfuser.commands.checks import check_cache
 from xfuser.commands.fitting import check_calibration_fits
 from xfuser.config import CacheConfig
-from xfuser.config.arguments import GOALS, cache_settings, parallel_config, trajectory_settings
+from xfuser.config.arguments import cache_settings, parallel_config, trajectory_settings
 from xfuser.config.cache import FIRST
 from xfuser.config.flags import in_flags
 from xfuser.config.parallel import ParallelConfig
+from xfuser.config.trajectory import GOALS, TrajectoryConfig
 from xfuser.core.distributed.shutdown import NotStarted
 from xfuser.core.files import write_json
-from xfuser.model_executor.cache.adacorrection.trajectory import TrajectoryConfig
 from xfuser.model_executor.cache.apply import spends_as_base
 from xfuser.model_executor.parallel import check_combination
 from xfuser.model_executor.pipelines.choosing import resolve_model
@@ -100,7 +100,7 @@ def cache_of(args: argparse.Namespace, parallel: ParallelConfig) -> dict[str, An
     """The cache's settings by name (ValueError where they do not go together)."""
     settings = trajectory_settings(args)
     if settings is not None:
-        goal = next(name for name in (*GOALS, "adacorr_budget") if name in settings)
+        goal = next(name for name in GOALS if name in settings)
         check_calibration_fits(args, f"--{goal}")
         TrajectoryConfig(**settings)
         return settings

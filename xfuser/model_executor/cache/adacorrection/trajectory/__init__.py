@@ -8,7 +8,7 @@ _ROOM = "xfuser.model_executor.cache.adacorrection.trajectory"
 __getattr__ = lazy_attributes(
     __name__,
     {
-        "TrajectoryConfig": f"{_ROOM}.settings",
+        "TrajectoryConfig": "xfuser.config.trajectory",
         "TrajectoryEngine": f"{_ROOM}.engine",
         "attach_trajectory": f"{_ROOM}.engine",
     },

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from xfuser.config.cache import FIRST
+from xfuser.config.trajectory import AUTO, TrajectoryConfig
 from xfuser.core.distributed.agreement import Agreement
 from xfuser.core.distributed.environment import synchronize
 from xfuser.model_executor.cache.adacorrection.trajectory.branches import HalfBatch
@@ -27,7 +28,6 @@ from xfuser.model_executor.cache.adacorrection.trajectory.generation import Gene
 from xfuser.model_executor.cache.adacorrection.trajectory.goals import Goal
 from xfuser.model_executor.cache.adacorrection.trajectory.learning import Learner, NotLearnable
 from xfuser.model_executor.cache.adacorrection.trajectory.replaying import Finer, PipelineCall, RandomState
-from xfuser.model_executor.cache.adacorrection.trajectory.settings import AUTO, TrajectoryConfig
 from xfuser.model_executor.cache.adacorrection.trajectory.spending import Counter, Spending
 
 logger = logging.getLogger(__name__)

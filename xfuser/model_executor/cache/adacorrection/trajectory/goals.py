@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from xfuser.config.trajectory import TrajectoryConfig
 from xfuser.model_executor.cache.adacorrection.trajectory.calibration import Calibration, Learned
 from xfuser.model_executor.cache.adacorrection.trajectory.plan import CONDITIONAL, FULL, Plan
-from xfuser.model_executor.cache.adacorrection.trajectory.settings import TrajectoryConfig
 
 CLOSE = 0.06  # relative, of a learned plan's speed-up to what is asked
 NEAR = FULL  # half evaluations by which a learned plan may stay below what is asked

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from xfuser.config.trajectory import refinement
 from xfuser.model_executor.cache.adacorrection.trajectory.calibration import Calibration, Learned
 from xfuser.model_executor.cache.adacorrection.trajectory.generation import Fit, Generation
 from xfuser.model_executor.cache.adacorrection.trajectory.goals import Unreachable, speedup_of
@@ -18,7 +19,6 @@ from xfuser.model_executor.cache.adacorrection.trajectory.plan import FULL, Plan
 from xfuser.model_executor.cache.adacorrection.trajectory.recording import Recording, add_grams, pixels_of
 from xfuser.model_executor.cache.adacorrection.trajectory.replaying import Finer, OtherGrid, PipelineCall, adds_noise
 from xfuser.model_executor.cache.adacorrection.trajectory.schedule import Gram, Scheduler, even_placement
-from xfuser.model_executor.cache.adacorrection.trajectory.settings import refinement
 
 if TYPE_CHECKING:
     from xfuser.model_executor.cache.adacorrection.trajectory.engine import TrajectoryEngine
