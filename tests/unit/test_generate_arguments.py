@@ -35,6 +35,7 @@ WRONG = {
         ["--ulysses_degree", "2", "--use_cache", "Fast", "--motion_threshold", "0.5"],
         "motion_threshold",
     ),
+    "a device of no machine": (["--device", "gpu"], "choose one of auto, cpu"),
     "two models": (["--model", "flux", "--model_type", "sd3", "--prompt", "a"], "--model_type"),
 } | {name: (flags, "different methods") for name, flags in TWICE.items()}
 

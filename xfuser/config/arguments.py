@@ -43,7 +43,11 @@ def add_model_arguments(parser: argparse.ArgumentParser, model_types: list[str])
         help=f"default: what --model says of itself, and {model_types[0]} without it; without --model, flux, pixart "
         "and sd3 are toys with random weights",
     )
-    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
+    group.add_argument(
+        "--device",
+        default="auto",
+        help="auto, cpu or an accelerator; auto takes one if there is one (default: auto)",
+    )
     group.add_argument("--threads", type=positive, help="CPU threads (default: torch's own choice)")
 
 

@@ -21,14 +21,19 @@ _starts = itertools.count()
 _timeout: float | None = None
 
 
+def check_device(name: str) -> None:
+    """Refuse a device that no machine has (ValueError)."""
+    if name not in DEVICES:
+        raise ValueError(f"device {name!r} is not known; choose one of {', '.join(DEVICES)}")
+
+
 def choose_device(name: str = "auto") -> torch.device:
     """The device to run on; ``auto`` takes an accelerator where there is one.
 
     Raises:
         ValueError: The name is unknown, or that device is not present.
     """
-    if name not in DEVICES:
-        raise ValueError(f"device {name!r} is not known; choose one of {', '.join(DEVICES)}")
+    check_device(name)
     present = torch.cuda.is_available()
     if name == "cuda" and not present:
         raise ValueError("device 'cuda' was asked for, but torch sees no CUDA device; use --device cpu")

@@ -18,6 +18,7 @@ from xfuser.config.cache import FIRST
 from xfuser.config.flags import in_flags
 from xfuser.config.parallel import ParallelConfig
 from xfuser.config.trajectory import GOALS, TrajectoryConfig
+from xfuser.core.distributed.environment import check_device
 from xfuser.core.distributed.shutdown import NotStarted
 from xfuser.core.files import write_json
 from xfuser.model_executor.cache.apply import spends_as_base
@@ -73,6 +74,7 @@ def engine_settings(args: argparse.Namespace) -> EngineSettings:
     """What every group is to load, checked before anything is (ValueError)."""
     if args.calibration == FIRST:
         raise ValueError("--calibration first: a job learns once, for all groups, anyhow; leave it out, or name a file")
+    check_device(args.device)
     check_cache(args)
     parallel = parallel_config(args)
     if parallel.data_parallel_degree > 1:
