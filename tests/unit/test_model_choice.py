@@ -19,6 +19,7 @@ PIPELINES = {
     "PixArtAlphaPipeline": "pixart",
     "PixArtSigmaPipeline": "pixart",
     "StableDiffusion3Pipeline": "sd3",
+    "StableDiffusionPipeline": "sd",
     "DiTPipeline": "dit",
 }
 
@@ -94,7 +95,7 @@ def test_types_and_xdits_short_names(monkeypatch: pytest.MonkeyPatch) -> None:
         ("FILE", ["is a file"]),
         ("EMPTY", ["has no model_index.json"]),
         ("BROKEN", ["cannot be read"]),
-        ("OTHER", ["is a StableDiffusionPipeline", "FluxPipeline", "apply_cache_on_pipeline"]),
+        ("OTHER", ["is a HunyuanDiTPipeline", "FluxPipeline", "apply_cache_on_pipeline"]),
     ],
 )
 def test_what_is_no_model_says_so(model: str, words: list[str], tmp_path: Path) -> None:
@@ -102,7 +103,7 @@ def test_what_is_no_model_says_so(model: str, words: list[str], tmp_path: Path) 
     places["FILE"].write_text("")
     places["EMPTY"].mkdir()
     (folder_of("x", places["BROKEN"]) / "model_index.json").write_text("{")
-    folder_of("StableDiffusionPipeline", places["OTHER"])
+    folder_of("HunyuanDiTPipeline", places["OTHER"])
     said = refused("--model", str(places.get(model, model)))
     assert all(word in said for word in words), said
 

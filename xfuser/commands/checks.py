@@ -12,6 +12,7 @@ from xfuser.config.parallel import ParallelConfig
 from xfuser.config.spelling import did_you_mean
 from xfuser.model_executor.pipelines.choosing import read_index
 from xfuser.model_executor.pipelines.model_types import MODEL_TYPES
+from xfuser.model_executor.pipelines.shipped import folder_of
 
 ALL_CLASSES = 10  # the most that are drawn where none is named
 
@@ -20,14 +21,18 @@ _PROMPT_ONLY = ("negative_prompt", "height", "width", "max_sequence_length")
 
 def check_conditions(args: argparse.Namespace) -> None:
     """Refuse prompts and sizes for a model of labels, and labels for one of prompts (ValueError)."""
-    labelled = MODEL_TYPES[args.model_type].conditioned_on == "label"
+    spec = MODEL_TYPES[args.model_type]
+    labelled = spec.conditioned_on == "label"
     wanted, other = ("class_label", "prompt") if labelled else ("prompt", "class_label")
     if getattr(args, other) is not None:
         named = "prompts" if labelled and getattr(args, "prompts", None) else other
         raise ValueError(f"--{named} does not go with --model_type {args.model_type}; use --{wanted}")
     if not labelled and not args.prompt:
         raise ValueError("--prompt is missing: name at least one")
-    for name in _PROMPT_ONLY if labelled else ():
+    refused = _PROMPT_ONLY if labelled else ()
+    if not spec.reads_length:
+        refused = ("max_sequence_length",)
+    for name in refused:
         if getattr(args, name, None) is not None:
             raise ValueError(f"--{name} does not go with --model_type {args.model_type}; leave it out")
     if labelled and args.class_label is not None:
@@ -44,8 +49,8 @@ def check_classes(args: argparse.Namespace) -> None:
 def labels_of(args: argparse.Namespace) -> dict[str, int]:
     """Read the classes of a model of labels from its index, by name; none where it does not tell."""
     spec = MODEL_TYPES[args.model_type]
-    source = args.model or (str(spec.default()) if callable(spec.default) else spec.default)
-    names = (read_index(source).get("id2label") or {}).items() if source else ()
+    source = args.model or folder_of(args.model_type) or spec.default
+    names = (read_index(str(source)).get("id2label") or {}).items() if source else ()
     return {name.strip(): int(number) for number, text in names for name in text.split(",")}
 
 
@@ -76,22 +81,19 @@ def class_numbers(names: list[str] | None, labels: Mapping[str, int], count: int
 
 def check_generation(args: argparse.Namespace, parallel: ParallelConfig) -> None:
     """Refuse guidance that the model has not, and more replicas than images (ValueError)."""
-    from xfuser.model_executor.adapters import SPECS
-
     spec = MODEL_TYPES[args.model_type]
-    in_calls = SPECS[spec.transformer_class].guidance == "calls"
-    if args.true_cfg_scale is not None and not in_calls:
+    if args.true_cfg_scale is not None and not spec.true_cfg:
         raise ValueError(f"--true_cfg_scale does not go with --model_type {args.model_type}; use --guidance_scale")
     if args.true_cfg_scale is not None and args.true_cfg_scale < 1:
         raise ValueError(f"--true_cfg_scale {args.true_cfg_scale:g}: there is no guidance below 1; use one above it")
     true_cfg = args.true_cfg_scale is not None and args.true_cfg_scale > 1
-    if in_calls and true_cfg != (args.negative_prompt is not None):
+    if spec.true_cfg and true_cfg != (args.negative_prompt is not None):
         raise ValueError("--negative_prompt and --true_cfg_scale above 1 go together; name both or neither")
     scale = spec.guidance_scale if args.guidance_scale is None else args.guidance_scale
-    if parallel.use_cfg_parallel and not (true_cfg if in_calls else scale > 1):
-        needed = "--negative_prompt and --true_cfg_scale above 1" if in_calls else "--guidance_scale above 1"
+    if parallel.use_cfg_parallel and not (true_cfg if spec.true_cfg else scale > 1):
+        needed = "--negative_prompt and --true_cfg_scale above 1" if spec.true_cfg else "--guidance_scale above 1"
         raise ValueError(f"--use_cfg_parallel: there is one branch only; add {needed}, or leave it out")
-    if not in_calls and args.negative_prompt is not None and scale <= 1:
+    if not spec.true_cfg and args.negative_prompt is not None and scale <= 1:
         raise ValueError(f"--negative_prompt: nothing reads it at --guidance_scale {scale:g}; use one above 1")
     if parallel.use_parallel_vae and args.enable_tiling:
         raise ValueError("--use_parallel_vae and --enable_tiling both cut the image; name one of them")

@@ -10,8 +10,9 @@ from typing import Any
 from xfuser.config.cache import FIRST
 from xfuser.config.trajectory import AUTO
 from xfuser.model_executor.cache.adacorrection.trajectory.calibration import KIND
-from xfuser.model_executor.pipelines.choosing import INDEX, read_index
+from xfuser.model_executor.pipelines.choosing import read_index
 from xfuser.model_executor.pipelines.model_types import MODEL_TYPES
+from xfuser.model_executor.pipelines.shipped import INDEX, folder_of
 
 GOES_WITH = (
     "goes with --target_speedup, --min_psnr or --adacorr_budget and no base method, or with one and "
@@ -62,7 +63,7 @@ def _check_model(args: argparse.Namespace, named: str, made_with: dict[str, Any]
     if "fingerprint" in made_with:
         described = made_with["fingerprint"]
         theirs = {
-            "transformer": described["denoisers"].get("transformer", {}).get("class"),
+            "transformer": next(iter(described["denoisers"].values()), {}).get("class"),
             "scheduler": described["scheduler"]["class"],
         }
     for part, ours in _classes(args).items():
@@ -77,9 +78,9 @@ def _classes(args: argparse.Namespace) -> dict[str, str]:
     """What is known of the model without loading it: the class of its transformer, and mostly that of its scheduler."""
     spec = MODEL_TYPES[args.model_type]
     known = {"transformer": spec.transformer_class}
-    source = args.model or (str(spec.default()) if callable(spec.default) else "")
+    source = args.model or folder_of(args.model_type) or ""
     if (Path(source) / INDEX).is_file():
-        index = read_index(source)
+        index = read_index(str(source))
         if isinstance(index.get("scheduler"), list):
             known["scheduler"] = index["scheduler"][1]
     return known

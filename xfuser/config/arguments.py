@@ -58,7 +58,11 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, counted: bool = True
         group.add_argument("--num_images", type=positive, help="images to generate")
     group.add_argument("--batch_size", type=positive, default=16, help="images at once (default: %(default)s)")
     group.add_argument(
-        "--num_inference_steps", type=positive, default=50, help="denoising steps (default: %(default)s)"
+        "--num_inference_steps",
+        action=Named,
+        type=positive,
+        default=50,
+        help="denoising steps (default: the model type's own, mostly %(default)s)",
     )
     group.add_argument(
         "--guidance_scale",

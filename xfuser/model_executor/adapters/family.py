@@ -37,6 +37,9 @@ class ModelType:
         toy_arguments: What a call of the toy needs besides, where it differs from the pipeline's own defaults.
         call_arguments: The same for any other model of the type.
         configuration: What tells its models from others of the same pipeline, in their transformer's configuration.
+        num_inference_steps: The default.
+        reads_length: Whether its pipeline takes ``max_sequence_length``.
+        true_cfg: Whether guidance by a negative prompt has a scale of its own, ``true_cfg_scale``.
     """
 
     transformer_class: str
@@ -50,6 +53,9 @@ class ModelType:
     toy_arguments: dict[str, Any] = field(default_factory=dict)
     call_arguments: dict[str, Any] = field(default_factory=dict)
     configuration: Mapping[str, Any] = field(default_factory=dict)
+    num_inference_steps: int = 50
+    reads_length: bool = True
+    true_cfg: bool = False
 
     @property
     def pipeline_classes(self) -> tuple[type[DiffusionPipeline], ...]:

@@ -96,6 +96,7 @@ FAMILY = Family(
             THRESHOLDS,
             toy=build_small,
             toy_arguments=_SHORT,
+            true_cfg=True,
         ),
         "tiny-flux": ModelType(
             SPEC.transformer_class,
@@ -115,6 +116,8 @@ FAMILY = Family(
                 "attention_head_dim": 28,
                 "in_channels": 16,
             },
+            num_inference_steps=28,
+            true_cfg=True,
         ),
     },
 )

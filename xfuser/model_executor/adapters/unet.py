@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from xfuser.model_executor.adapters.family import Family, SmallPipeline
+from xfuser.model_executor.adapters.family import Family, ModelType, SmallPipeline, shipped
 from xfuser.model_executor.adapters.spec import BlockGroup, ModelSpec
 
 if TYPE_CHECKING:
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 SIDE = 32  # pixels of the toy's images
+THRESHOLDS = {"Fast": 0.05, "Tea": 0.05, "Fb": 0.05}  # the methods' common ones: nobody has published any for a UNet
+# What tells tiny-sd, the model that comes with the package, from others of its pipeline.
+TINY = {"block_out_channels": [64, 112], "cross_attention_dim": 128, "sample_size": 16}
 
 
 def modulated_input(block: nn.Module, arguments: Mapping[str, Any]) -> torch.Tensor:
@@ -75,6 +78,7 @@ SPEC = ModelSpec(
     same_tokens=False,
     sample="sample",
     components=("unet",),
+    thresholds=THRESHOLDS,
     per_image=(
         *("sample", "timestep", "encoder_hidden_states", "class_labels", "timestep_cond", "attention_mask"),
         *("encoder_attention_mask", "text_embeds", "time_ids", "image_embeds", "down_block_additional_residuals"),
@@ -89,5 +93,29 @@ FAMILY = Family(
         "unet": SmallPipeline(
             "StableDiffusionPipeline", build_small, _ask, guided=lambda count: {"guidance_scale": 7.5}
         )
+    },
+    types={
+        "sd": ModelType(
+            SPEC.transformer_class,
+            ("StableDiffusionPipeline",),
+            None,
+            "prompt",
+            7.5,
+            THRESHOLDS,
+            toy=build_small,
+            reads_length=False,
+        ),
+        "tiny-sd": ModelType(
+            SPEC.transformer_class,
+            ("StableDiffusionPipeline",),
+            lambda: shipped("tiny-sd"),
+            "prompt",
+            3.0,
+            THRESHOLDS,
+            toy=build_small,
+            call_arguments={"height": 64, "width": 64},
+            configuration=TINY,
+            reads_length=False,
+        ),
     },
 )

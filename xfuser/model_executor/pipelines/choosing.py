@@ -10,22 +10,32 @@ from pathlib import Path
 from typing import Any
 
 from xfuser.config.spelling import did_you_mean
+from xfuser.model_executor.adapters import SPECS
 from xfuser.model_executor.pipelines.model_types import MODEL_TYPES, SHORT_NAMES
+from xfuser.model_executor.pipelines.shipped import INDEX, folder_of
 
-INDEX = "model_index.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def resolve_model(args: argparse.Namespace) -> None:
-    """Settle ``args.model`` and ``args.model_type``, before any weight is read.
+    """Settle ``args.model``, ``args.model_type`` and the number of steps, before any weight is read.
 
-    ``--model`` may name a model type; a folder's or hub id's model_index.json tells the type that is not named.
+    ``--model`` may name a model type; a folder's or hub id's model_index.json tells the type that is not named. The
+    number of steps is the type's own, where none is named.
 
     Raises:
         ValueError: There is no such model, it is of another type than is named, or of one that the commands do not run.
     """
+    if args.model is not None:
+        _settle(args)
     if args.model is None:
-        return
+        folder_of(args.model_type)
+    if hasattr(args, "num_inference_steps") and not getattr(args, "num_inference_steps_named", False):
+        args.num_inference_steps = MODEL_TYPES[args.model_type].num_inference_steps
+
+
+def _settle(args: argparse.Namespace) -> None:
+    """Tell model and type of ``args.model``, which may name either."""
     named = args.model_type if getattr(args, "model_type_named", False) else None
     if not Path(args.model).exists():
         if args.model in MODEL_TYPES:
@@ -114,7 +124,8 @@ def _general(fitting: list[str]) -> str:
 
 def _is_shipped(model_type: str, folder: Path) -> bool:
     """Whether a model has the configuration of the type's own, which comes with the package."""
-    wanted, path = MODEL_TYPES[model_type].configuration, folder / "transformer" / "config.json"
+    spec = MODEL_TYPES[model_type]
+    wanted, path = spec.configuration, folder / SPECS[spec.transformer_class].components[0] / "config.json"
     if not wanted or not path.is_file():
         return False
     found = json.loads(path.read_text(encoding="utf-8"))

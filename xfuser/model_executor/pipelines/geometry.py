@@ -12,6 +12,7 @@ from xfuser.config import ParallelConfig
 from xfuser.model_executor.adapters import SPECS
 from xfuser.model_executor.adapters.small import SIZE
 from xfuser.model_executor.pipelines.loading import MODEL_TYPES, TOY, source_of, unloadable
+from xfuser.model_executor.pipelines.shipped import shared_parts
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class ModelGeometry:
 
 
 def geometry_of(
-    model_type: str, model: str | None = None, height: int | None = None, width: int | None = None
+    model_type: str, named: str | None = None, height: int | None = None, width: int | None = None
 ) -> ModelGeometry:
     """Read the geometry of what `load_pipeline` would load, for images of this size.
 
@@ -49,38 +50,46 @@ def geometry_of(
         ValueError: The model's configuration cannot be read.
     """
     spec = MODEL_TYPES[model_type]
-    source = source_of(model_type, model)
+    source = source_of(model_type, named)
+    model = SPECS[spec.transformer_class]
     transformer: Mapping[str, Any]
     if source == TOY:
         assert spec.toy is not None
         toy = spec.toy()
-        transformer, autoencoder, size = toy.transformer.config, toy.vae.config, SIZE
+        transformer, autoencoder = getattr(toy, model.components[0]).config, toy.vae.config
+        size = {"height": SIZE, "width": SIZE}
     else:
         try:
-            transformer = AutoencoderKL.load_config(source, subfolder="transformer")  # any model's does
-            autoencoder = AutoencoderKL.load_config(source, subfolder="vae")
+            transformer, autoencoder = (_configuration(source, part) for part in (model.components[0], "vae"))
         except (OSError, ValueError, KeyError) as error:
             raise unloadable(source, spec, error) from error
-        size = spec.call_arguments.get("height")
+        size = spec.call_arguments
         if transformer.get("_class_name") != spec.transformer_class:
             raise ValueError(
                 f"{source!r} has a {transformer.get('_class_name')}; --model_type {model_type} wants a "
                 f"{spec.transformer_class}"
             )
     shrink = 2 ** (len(autoencoder["block_out_channels"]) - 1)
-    model = SPECS[spec.transformer_class]
     side = transformer.get("sample_size") or 128
-    rows = (height or size or side * shrink) // shrink
-    columns = (width or size or side * shrink) // shrink
+    rows = (height or size.get("height") or side * shrink) // shrink
+    columns = (width or size.get("width") or side * shrink) // shrink
     if spec.conditioned_on == "label":
         rows = columns = side
     patch = transformer.get("patch_size", 1) * model.packs
     return ModelGeometry(
-        transformer["num_attention_heads"],
-        sum(transformer.get(name) or 0 for name in model.layer_counts),
+        transformer.get("num_attention_heads") or 1,
+        sum(transformer.get(name) or 0 for name in model.layer_counts) or 1,
         rows,
         (rows // patch) * (columns // patch),
         shrink * patch,
         rows * shrink,
         columns * shrink,
     )
+
+
+def _configuration(source: str, part: str) -> Mapping[str, Any]:
+    """Read a part's configuration, which may lie in another model's folder."""
+    shared = shared_parts(source).get(part)
+    if shared is not None:
+        return AutoencoderKL.load_config(shared)
+    return AutoencoderKL.load_config(source, subfolder=part)  # any model's does

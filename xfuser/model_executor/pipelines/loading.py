@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import numpy as np
 import torch
+import transformers
 from diffusers import DiffusionPipeline
 from packaging import version
+from torch import nn
 
 from xfuser.config.spelling import not_known
+from xfuser.model_executor.adapters import denoisers_of
 from xfuser.model_executor.adapters.small import SIZE
 from xfuser.model_executor.pipelines.model_types import MODEL_TYPES, ModelType, shipped_tiny_dit
+from xfuser.model_executor.pipelines.shipped import INDEX, folder_of, shared_parts
 
 __all__ = ["DTYPE", "MODEL_TYPES", "TOY", "LoadedPipeline", "ModelType", "load_pipeline", "shipped_tiny_dit"]
 
@@ -37,7 +43,12 @@ class LoadedPipeline:
 
     def num_classes(self) -> int:
         """Number of classes that the model was trained on, as its label table says."""
-        return len(set(self.pipeline.labels.values())) or self.pipeline.transformer.config.num_embeds_ada_norm
+        return len(set(self.pipeline.labels.values())) or self.denoiser.config.num_embeds_ada_norm
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The pipeline's transformer or UNet; the first, where there are two."""
+        return denoisers_of(self.pipeline)[0]
 
     def generate(
         self, conditions: list[Any], seeds: list[int], num_inference_steps: int, **sampling: Any
@@ -121,8 +132,9 @@ def load_pipeline(
         assert spec.toy is not None
         return _ready(LoadedPipeline(spec.toy(), model_type, f"{TOY}-{model_type}", dtype), device)
     try:
-        pipeline = _class_of(source, spec).from_pretrained(source, use_safetensors=True, **{DTYPE: dtype})
-    except (OSError, ValueError, KeyError) as error:
+        shared = load_shared(source, dtype)
+        pipeline = _class_of(source, spec).from_pretrained(source, use_safetensors=True, **{DTYPE: dtype}, **shared)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
         raise unloadable(source, spec, error) from error
     name = model_type if model is None and callable(spec.default) else source
     return _ready(LoadedPipeline(pipeline, model_type, name, dtype), device)
@@ -135,14 +147,35 @@ def source_of(model_type: str, model: str | None) -> str:
         ValueError: A toy was asked for, and there is none; or the type's own model is not in this installation.
     """
     spec = MODEL_TYPES[model_type]
-    source = model or (str(spec.default()) if callable(spec.default) else spec.default or TOY)
-    if model is None and callable(spec.default) and not spec.default().is_dir():
-        script = f"scripts/train_{model_type.replace('-', '_')}.py"
-        said = f"{model_type} is not in this installation"
-        raise ValueError(f"{said}; train it with {script}, and name its folder with --model")
+    own = folder_of(model_type) if model is None else None
+    source = model or str(own or spec.default or TOY)
     if source == TOY and spec.toy is None:
         raise ValueError(f"there is no toy model of type {model_type!r}; name a folder or a hub id")
     return source
+
+
+def load_shared(source: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Load the parts that a model takes from the models beside it, by name.
+
+    Raises:
+        ValueError: One is not there, or the model's index says nothing of it.
+    """
+    parts = shared_parts(source)
+    if not parts:
+        return {}
+    index = json.loads((Path(source) / INDEX).read_text(encoding="utf-8"))
+    libraries = {"diffusers": diffusers, "transformers": transformers}
+    loaded = {}
+    for name, folder in parts.items():
+        library, kind = index.get(name) or (None, None)
+        if library not in libraries:
+            raise ValueError(f"its {INDEX} names no class of diffusers or transformers for {name!r}")
+        cls = getattr(libraries[library], kind)
+        if issubclass(cls, nn.Module):
+            loaded[name] = cls.from_pretrained(folder, use_safetensors=True).to(dtype)
+        else:
+            loaded[name] = cls.from_pretrained(folder)
+    return loaded
 
 
 def unloadable(source: str, spec: ModelType, error: Exception) -> ValueError:
@@ -164,7 +197,7 @@ def _class_of(source: str, spec: ModelType) -> type[DiffusionPipeline]:
 
 def _ready(loaded: LoadedPipeline, device: torch.device) -> LoadedPipeline:
     loaded.pipeline.to(device)
-    if loaded.pipeline.transformer.dtype != loaded.dtype:
+    if loaded.denoiser.dtype != loaded.dtype:
         loaded.pipeline.to(loaded.dtype)
     loaded.pipeline.set_progress_bar_config(disable=True)
     return loaded

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from xfuser.config.spelling import did_you_mean
-from xfuser.model_executor.adapters import SPECS
 from xfuser.model_executor.pipelines.choosing import read_index
 from xfuser.model_executor.pipelines.geometry import geometry_of
 from xfuser.model_executor.pipelines.loading import MODEL_TYPES, TOY, source_of
@@ -39,7 +38,7 @@ class Rules:
         classes: How many classes there are; ``None`` where the model does not tell.
         multiple: What height and width are multiples of.
         size: Height and width where none is named.
-        in_calls: Whether guidance is evaluated in two calls (``true_cfg_scale``).
+        in_calls: Whether guidance by a negative prompt has a scale of its own (``true_cfg_scale``).
         others: Further arguments of the pipeline that a line may name.
         defaults: What a line says that does not say it.
         guidance_scale: The model type's own.
@@ -87,7 +86,7 @@ class Rules:
             len(set(known.values())) or None,
             drawn.multiple,
             (drawn.height, drawn.width),
-            SPECS[spec.transformer_class].guidance == "calls",
+            spec.true_cfg,
             frozenset(arguments - _NOT_FROM_A_LINE - set(_OWN) - {"true_cfg_scale"}),
             {name: value for name, value in named.items() if value is not None},
             spec.guidance_scale,
