@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 
@@ -147,6 +148,11 @@ def write_images(runs: list[Run], folder: Path) -> dict[str, list[str]]:
             save_image(pixels, folder / path)
             paths[run.row.method].append(str(path))
     return paths
+
+
+def stills(pixels: np.ndarray) -> list[np.ndarray]:
+    """Images [N, H, W, C] one by one; of videos [N, F, H, W, C], each one's frame in the middle."""
+    return list(pixels if pixels.ndim == 4 else pixels[:, pixels.shape[1] // 2])
 
 
 def traces_of(runs: list[Run]) -> dict[str, dict[str, Any]]:
@@ -292,7 +298,7 @@ def execute(args: argparse.Namespace, console: Console) -> dict[str, Any] | None
     if sweep is not None:
         document["sweep"] = sweep.to_dict(left_out(everything), results)
     write_json(args.output_dir / RESULTS, document)
-    shown = {run.row.method: list(run.pixels[:SHEET_COLUMNS]) for run in runs if run.row.kept}
+    shown = {run.row.method: stills(run.pixels[:SHEET_COLUMNS]) for run in runs if run.row.kept}
     comparison_sheet(shown, columns=SHEET_COLUMNS).save(args.output_dir / "comparison_sheet.png")
     write_report(args.output_dir / "report.html", document, shown, traces_of(runs), trajectories_of(runs, judge))
     return document

@@ -69,8 +69,9 @@ class Judge:
         for run in runs:
             scores, images = self._scores[run.row.method], run.images[-1]
             if run is not runs[0]:
-                scores.psnr.append(psnr(images, uncached))
-                scores.ssim.append(ssim(images, uncached))
+                near, alike = closeness(images, uncached)
+                scores.psnr.append(near)
+                scores.ssim.append(alike)
             if self.network is None:
                 continue
             pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
@@ -162,6 +163,17 @@ class Judge:
     def _features(self, run: Run) -> np.ndarray | None:
         features = self._scores[run.row.method].features
         return np.concatenate(features) if features else None
+
+
+def closeness(images: np.ndarray, references: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """PSNR in dB and SSIM of images [N, H, W, C] to their references; of videos [N, F, H, W, C], over all frames."""
+    if images.ndim == 4:
+        return psnr(images, references), ssim(images, references)
+    count, frames = images.shape[:2]
+    # One below the other, the frames are an image whose squared error is the video's.
+    tall = [each.reshape(count, -1, *each.shape[3:]) for each in (images, references)]
+    single = [each.reshape(-1, *each.shape[2:]) for each in (images, references)]
+    return psnr(*tall), ssim(*single).reshape(count, frames).mean(axis=1)
 
 
 def _times_faster(run: Run, other: Run) -> float:

@@ -28,6 +28,7 @@ from xfuser.config.refused import refuse_unsupported
 from xfuser.config.settings import add_flags
 from xfuser.core.console import quiet_libraries
 from xfuser.core.files import IMAGE_FORMATS
+from xfuser.model_executor.adapters import TYPES
 from xfuser.model_executor.pipelines.model_types import MODEL_TYPES
 
 __all__ = ["build_parser", "cache_method", "cache_settings", "main", "run_batch", "run_calibrate", "run_generate"]
@@ -238,7 +239,7 @@ def _add_calibrate(commands: argparse._SubParsersAction[OneLineParser]) -> None:
 def add_condition_arguments(parser: argparse.ArgumentParser) -> None:
     """What the images are to show."""
     takers = {
-        kind: ", ".join(name for name, spec in MODEL_TYPES.items() if spec.conditioned_on == kind)
+        kind: ", ".join(name for name, spec in TYPES.items() if spec.conditioned_on == kind)
         for kind in ("prompt", "label")
     }
     parser.add_argument("--prompt", nargs="+", help=f"prompts, taken in turn ({takers['prompt']})")
@@ -249,10 +250,10 @@ def add_condition_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def threshold_help() -> str:
-    """Describe --rel_l1_thresh with the default of every model type."""
+    """Describe --rel_l1_thresh with the default of every model type; a published model's is its type's."""
     tables = [
         f"{name}: {' '.join(f'{method} {value:g}' for method, value in spec.thresholds.items())}"
-        for name, spec in MODEL_TYPES.items()
+        for name, spec in TYPES.items()
     ]
     return f"threshold of the base method, 0 or more; lower is nearer to no cache (default: {'; '.join(tables)})"
 

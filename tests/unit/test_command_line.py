@@ -18,9 +18,9 @@ from xfuser.config import CacheConfig, FlexibleArgumentParser, ParallelConfig
 from xfuser.config.cache import METHODS
 from xfuser.config.flags import in_flags
 from xfuser.config.spelling import nearest
+from xfuser.model_executor.adapters import TYPES
 from xfuser.model_executor.cache.adacorrection.trajectory import TrajectoryConfig
 from xfuser.model_executor.cache.policies import POLICIES
-from xfuser.model_executor.pipelines.model_types import MODEL_TYPES
 
 HEAVY = ("torch", "diffusers", "transformers", "numpy")
 LIMIT = 0.5  # seconds until help is there
@@ -74,7 +74,7 @@ def test_help_names_the_defaults_and_what_to_start_with(capsys: pytest.CaptureFi
             cli.main(arguments)
         texts.append(" ".join(capsys.readouterr().out.split()))
     assert all("start with: xdit generate --class_label bag shirt --target_speedup 3" in text for text in texts)
-    for name, spec in MODEL_TYPES.items():
+    for name, spec in TYPES.items():
         assert f"{name}: {' '.join(f'{method} {value:g}' for method, value in spec.thresholds.items())}" in texts[1]
     assert "--adacorr_tolerance ADACORR_TOLERANCE bound, gate: " in texts[1]
 

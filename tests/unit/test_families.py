@@ -12,10 +12,10 @@ import pytest
 import torch
 from toys import ALWAYS, BUILDERS, CALL, LEVELS, Toy, attached, counted, wrapped
 
-from xfuser.model_executor.adapters import spec_of
+from xfuser.model_executor.adapters import TYPES, spec_of
 from xfuser.model_executor.cache import apply_cache_on_transformer
 from xfuser.model_executor.cache.policies.tea import TeaState
-from xfuser.model_executor.pipelines import MODEL_TYPES, load_pipeline
+from xfuser.model_executor.pipelines import load_pipeline
 from xfuser.model_executor.pipelines.loading import shipped_tiny_dit
 
 NEW = ("pixart", "pixart-sigma", "sd3")
@@ -227,7 +227,7 @@ def test_a_pipeline_of_another_family_is_refused() -> None:
 
 
 def test_every_prompt_model_has_a_toy() -> None:
-    for name, spec in MODEL_TYPES.items():
+    for name, spec in TYPES.items():
         assert (spec.toy is not None) == (spec.conditioned_on == "prompt"), name
     with pytest.raises(ValueError, match="no toy model"):
         load_pipeline("dit", "toy")

@@ -18,7 +18,7 @@ from xfuser.model_executor.adapters.flux import build_small as build_flux
 from xfuser.model_executor.adapters.unet import build_small as build_unet
 from xfuser.model_executor.pipelines import MODEL_TYPES, load_pipeline
 from xfuser.model_executor.pipelines.geometry import geometry_of
-from xfuser.model_executor.pipelines.shipped import SHARED, folder_of, shared_parts, shipped_models, shipped_types
+from xfuser.model_executor.pipelines.shipped import SHARED, own_model, shared_parts, shipped_models, shipped_types
 
 PARTS = {"vae": "tiny-flux", "text_encoder": "tiny-flux", "tokenizer": "tiny-flux"}
 PROMPTS = ["red apple", "blue heart"]
@@ -70,7 +70,7 @@ def test_those_that_are_there_are_listed(installed: Path, monkeypatch: pytest.Mo
     absent = dataclasses.replace(MODEL_TYPES["tiny-sd"], default=lambda: installed / "none")
     monkeypatch.setitem(MODEL_TYPES, "tiny-sd", absent)
     assert "tiny-sd" in shipped_types() and "tiny-sd" not in shipped_models()
-    assert folder_of("flux") is None and folder_of("tiny-flux") == installed / "tiny-flux"
+    assert own_model("flux") is None and own_model("tiny-flux") == installed / "tiny-flux"
 
 
 def test_one_that_is_not_there_is_refused_in_one_line(

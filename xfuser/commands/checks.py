@@ -12,7 +12,7 @@ from xfuser.config.parallel import ParallelConfig
 from xfuser.config.spelling import did_you_mean
 from xfuser.model_executor.pipelines.choosing import read_index
 from xfuser.model_executor.pipelines.model_types import MODEL_TYPES
-from xfuser.model_executor.pipelines.shipped import folder_of
+from xfuser.model_executor.pipelines.shipped import own_model
 
 ALL_CLASSES = 10  # the most that are drawn where none is named
 
@@ -48,8 +48,7 @@ def check_classes(args: argparse.Namespace) -> None:
 
 def labels_of(args: argparse.Namespace) -> dict[str, int]:
     """Read the classes of a model of labels from its index, by name; none where it does not tell."""
-    spec = MODEL_TYPES[args.model_type]
-    source = args.model or folder_of(args.model_type) or spec.default
+    source = args.model or own_model(args.model_type)
     names = (read_index(str(source)).get("id2label") or {}).items() if source else ()
     return {name.strip(): int(number) for number, text in names for name in text.split(",")}
 
@@ -95,6 +94,8 @@ def check_generation(args: argparse.Namespace, parallel: ParallelConfig) -> None
         raise ValueError(f"--use_cfg_parallel: there is one branch only; add {needed}, or leave it out")
     if not spec.true_cfg and args.negative_prompt is not None and scale <= 1:
         raise ValueError(f"--negative_prompt: nothing reads it at --guidance_scale {scale:g}; use one above 1")
+    if spec.makes == "frames" and args.image_format == "jpg":
+        raise ValueError("--image_format jpg holds one image, and this model makes videos; use png or webp")
     if parallel.use_parallel_vae and args.enable_tiling:
         raise ValueError("--use_parallel_vae and --enable_tiling both cut the image; name one of them")
     images = args.num_images or len(args.prompt or args.class_label or [])

@@ -12,7 +12,7 @@ from xfuser.config.trajectory import AUTO
 from xfuser.model_executor.cache.adacorrection.trajectory.calibration import KIND
 from xfuser.model_executor.pipelines.choosing import read_index
 from xfuser.model_executor.pipelines.model_types import MODEL_TYPES
-from xfuser.model_executor.pipelines.shipped import INDEX, folder_of
+from xfuser.model_executor.pipelines.shipped import INDEX, own_model
 
 GOES_WITH = (
     "goes with --target_speedup, --min_psnr or --adacorr_budget and no base method, or with one and "
@@ -78,7 +78,7 @@ def _classes(args: argparse.Namespace) -> dict[str, str]:
     """What is known of the model without loading it: the class of its transformer, and mostly that of its scheduler."""
     spec = MODEL_TYPES[args.model_type]
     known = {"transformer": spec.transformer_class}
-    source = args.model or folder_of(args.model_type) or ""
+    source = args.model or own_model(args.model_type) or ""
     if (Path(source) / INDEX).is_file():
         index = read_index(str(source))
         if isinstance(index.get("scheduler"), list):

@@ -33,15 +33,16 @@ def add_model_arguments(parser: argparse.ArgumentParser, model_types: list[str])
     """Which model, on which device, with how many threads."""
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--model", help="folder or hub id of a diffusers pipeline, or a model type (default: the type's own)"
+        "--model",
+        help="folder or hub id of a diffusers pipeline, or a model type: flux-dev (default: the type's own)",
     )
     group.add_argument(
         "--model_type",
         action=Named,
         choices=model_types,
         default=model_types[0],
-        help=f"default: what --model says of itself, and {model_types[0]} without it; without --model, flux, pixart "
-        "and sd3 are toys with random weights",
+        help=f"default: what --model says of itself, and {model_types[0]} without it; without --model, flux, pixart, "
+        "sd3, sd and wan are toys with random weights",
     )
     group.add_argument(
         "--device",

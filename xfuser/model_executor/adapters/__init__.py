@@ -28,12 +28,14 @@ FAMILIES: tuple[Family, ...] = tuple(
     )
 )
 SPECS: dict[str, ModelSpec] = {family.spec.transformer_class: family.spec for family in FAMILIES}
+TYPES: dict[str, ModelType] = {name: kind for family in FAMILIES for name, kind in family.types.items()}
 SMALL: dict[str, SmallPipeline] = {name: small for family in FAMILIES for name, small in family.small.items()}
 
 __all__ = [
     "FAMILIES",
     "SMALL",
     "SPECS",
+    "TYPES",
     "BlockGroup",
     "BoundArguments",
     "Family",

@@ -39,6 +39,9 @@ class ModelType:
         configuration: What tells its models from others of the same pipeline, in their transformer's configuration.
         num_inference_steps: The default.
         reads_length: Whether its pipeline takes ``max_sequence_length``.
+        makes: ``"images"`` or ``"frames"``, as its pipeline's output names them.
+        preset: Whether it is a published model, of a type that has others too.
+        unpublished: Why there is nothing to load where no model is named, if that is so.
         true_cfg: Whether guidance by a negative prompt has a scale of its own, ``true_cfg_scale``.
     """
 
@@ -56,6 +59,9 @@ class ModelType:
     num_inference_steps: int = 50
     reads_length: bool = True
     true_cfg: bool = False
+    makes: str = "images"
+    preset: bool = False
+    unpublished: str = ""
 
     @property
     def pipeline_classes(self) -> tuple[type[DiffusionPipeline], ...]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from xfuser.model_executor.adapters.family import Family, SmallPipeline
+from xfuser.model_executor.adapters.family import Family, ModelType, SmallPipeline
 from xfuser.model_executor.adapters.spec import BlockGroup, ModelSpec, TokenArgument
 
 if TYPE_CHECKING:
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from diffusers import WanPipeline
     from torch import nn
 
+# The methods' common ones. TeaCache's for Wan go with a polynomial of another signal, the time embedding's change.
+THRESHOLDS = {"Fast": 0.05, "Tea": 0.05, "Fb": 0.05}
 HEADS, HEAD_CHANNELS = 4, 12  # of the toy
 TEXT_TOKENS = 16
 BOUNDARY = 0.6  # share of the noise above which the first of two transformers is used
@@ -103,6 +105,7 @@ SPEC = ModelSpec(
     components=("transformer", "transformer_2"),
     per_image=("hidden_states", "timestep", "encoder_hidden_states", "encoder_hidden_states_image", "temb"),
     guidance="calls",
+    thresholds=THRESHOLDS,
 )
 
 FAMILY = Family(
@@ -116,5 +119,19 @@ FAMILY = Family(
         "wan-2.2-5b": SmallPipeline(
             "WanPipeline", partial(build_small, timestep_a_token=True), _ask, guided=_guided, makes="frames"
         ),
+    },
+    types={
+        "wan": ModelType(
+            SPEC.transformer_class,
+            ("WanPipeline",),
+            None,
+            "prompt",
+            5.0,
+            THRESHOLDS,
+            toy=build_small,
+            toy_arguments={"num_frames": 5, "max_sequence_length": TEXT_TOKENS},
+            call_arguments={"height": 480, "width": 832, "num_frames": 81},
+            makes="frames",
+        )
     },
 )

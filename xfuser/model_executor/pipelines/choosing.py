@@ -12,7 +12,7 @@ from typing import Any
 from xfuser.config.spelling import did_you_mean
 from xfuser.model_executor.adapters import SPECS
 from xfuser.model_executor.pipelines.model_types import MODEL_TYPES, SHORT_NAMES
-from xfuser.model_executor.pipelines.shipped import INDEX, folder_of
+from xfuser.model_executor.pipelines.shipped import INDEX, own_model
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -29,7 +29,7 @@ def resolve_model(args: argparse.Namespace) -> None:
     if args.model is not None:
         _settle(args)
     if args.model is None:
-        folder_of(args.model_type)
+        own_model(args.model_type)
     if hasattr(args, "num_inference_steps") and not getattr(args, "num_inference_steps_named", False):
         args.num_inference_steps = MODEL_TYPES[args.model_type].num_inference_steps
 
@@ -119,7 +119,7 @@ def _type_of(source: str, named: str | None) -> str:
 
 def _general(fitting: list[str]) -> str:
     """The type of those that asks for no certain configuration."""
-    return next(name for name in fitting if not MODEL_TYPES[name].configuration)
+    return next(name for name in fitting if not MODEL_TYPES[name].configuration and not MODEL_TYPES[name].preset)
 
 
 def _is_shipped(model_type: str, folder: Path) -> bool:

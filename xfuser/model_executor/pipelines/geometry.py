@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from diffusers import AutoencoderKL
 
 from xfuser.config import ParallelConfig
@@ -57,7 +58,7 @@ def geometry_of(
         assert spec.toy is not None
         toy = spec.toy()
         transformer, autoencoder = getattr(toy, model.components[0]).config, toy.vae.config
-        size = {"height": SIZE, "width": SIZE}
+        size = {"height": SIZE, "width": SIZE} | spec.toy_arguments
     else:
         try:
             transformer, autoencoder = (_configuration(source, part) for part in (model.components[0], "vae"))
@@ -69,18 +70,22 @@ def geometry_of(
                 f"{source!r} has a {transformer.get('_class_name')}; --model_type {model_type} wants a "
                 f"{spec.transformer_class}"
             )
-    shrink = 2 ** (len(autoencoder["block_out_channels"]) - 1)
+    levels = autoencoder.get("block_out_channels") or autoencoder["dim_mult"]
+    shrink = autoencoder.get("scale_factor_spatial") or 2 ** (len(levels) - 1)
     side = transformer.get("sample_size") or 128
     rows = (height or size.get("height") or side * shrink) // shrink
     columns = (width or size.get("width") or side * shrink) // shrink
     if spec.conditioned_on == "label":
         rows = columns = side
-    patch = transformer.get("patch_size", 1) * model.packs
+    # A video's patches have a length, too; the first latent frame stands for one frame of it, each other one for four.
+    length, *_, patch = [1, *np.atleast_1d(transformer.get("patch_size", 1)).tolist()][-3:]
+    patch *= model.packs
+    frames = (size.get("num_frames", 1) - 1) // (autoencoder.get("scale_factor_temporal") or 4) + 1
     return ModelGeometry(
         transformer.get("num_attention_heads") or 1,
         sum(transformer.get(name) or 0 for name in model.layer_counts) or 1,
         rows,
-        (rows // patch) * (columns // patch),
+        (frames // length) * (rows // patch) * (columns // patch),
         shrink * patch,
         rows * shrink,
         columns * shrink,

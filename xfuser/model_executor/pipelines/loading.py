@@ -19,7 +19,7 @@ from xfuser.config.spelling import not_known
 from xfuser.model_executor.adapters import denoisers_of
 from xfuser.model_executor.adapters.small import SIZE
 from xfuser.model_executor.pipelines.model_types import MODEL_TYPES, ModelType, shipped_tiny_dit
-from xfuser.model_executor.pipelines.shipped import INDEX, folder_of, shared_parts
+from xfuser.model_executor.pipelines.shipped import INDEX, own_model, shared_parts
 
 __all__ = ["DTYPE", "MODEL_TYPES", "TOY", "LoadedPipeline", "ModelType", "load_pipeline", "shipped_tiny_dit"]
 
@@ -53,7 +53,7 @@ class LoadedPipeline:
     def generate(
         self, conditions: list[Any], seeds: list[int], num_inference_steps: int, **sampling: Any
     ) -> np.ndarray:
-        """Generate one image per condition (labels or prompts), image i from the noise of seeds[i].
+        """Generate one image or video per condition (labels or prompts), number i from the noise of seeds[i].
 
         Args:
             conditions: Labels or prompts.
@@ -62,10 +62,10 @@ class LoadedPipeline:
             **sampling: The other arguments of `arguments`.
 
         Returns:
-            Images, float32 [N, H, W, C] in [0, 1].
+            Images, float32 [N, H, W, C] in [0, 1]; videos, [N, F, H, W, C].
         """
         arguments = self.arguments(conditions, seeds, num_inference_steps, **sampling)
-        return np.asarray(self.pipeline(**arguments).images, dtype=np.float32)
+        return np.asarray(getattr(self.pipeline(**arguments), self.spec.makes), dtype=np.float32)
 
     def arguments(
         self,
@@ -144,11 +144,10 @@ def source_of(model_type: str, model: str | None) -> str:
     """The folder or hub id that is loaded, or `TOY`.
 
     Raises:
-        ValueError: A toy was asked for, and there is none; or the type's own model is not in this installation.
+        ValueError: A toy was asked for, and there is none; or there is no model of the type's own.
     """
     spec = MODEL_TYPES[model_type]
-    own = folder_of(model_type) if model is None else None
-    source = model or str(own or spec.default or TOY)
+    source = model or str(own_model(model_type) or TOY)
     if source == TOY and spec.toy is None:
         raise ValueError(f"there is no toy model of type {model_type!r}; name a folder or a hub id")
     return source

@@ -1,18 +1,19 @@
-"""The models that the command lines know, from the families' files. Needs neither torch nor diffusers until one is
-loaded.
+"""The models that the command lines know: the families' types, and published models by name. Needs neither torch nor
+diffusers until one is loaded.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from xfuser.model_executor.adapters import FAMILIES, ModelType
+from xfuser.model_executor.adapters import TYPES, ModelType
 from xfuser.model_executor.adapters.family import shipped
+from xfuser.model_executor.pipelines.presets import PRESETS
 
 __all__ = ["DEFAULT_MODEL_TYPE", "MODEL_TYPES", "SHORT_NAMES", "ModelType", "shipped_tiny_dit", "shipped_tiny_flux"]
 
 DEFAULT_MODEL_TYPE = "tiny-dit"
-MODEL_TYPES: dict[str, ModelType] = {name: kind for family in FAMILIES for name, kind in family.types.items()}
+MODEL_TYPES: dict[str, ModelType] = TYPES | {name: preset.kind for name, preset in PRESETS.items()}
 
 # Names under which xDiT's own command knows models of these families.
 SHORT_NAMES = {

@@ -18,6 +18,7 @@ STATISTICS = "statistics.json"
 UNFINISHED = "unfinished.json"  # there while images are, and statistics are not
 RAW = "images.npy"
 _RAW_PART = "unfinished.npy"
+FRAMES_PER_SECOND = 16  # Wan's
 _IMAGE = re.compile(rf"image_\d{{5,}}\.({'|'.join(IMAGE_FORMATS)})")
 
 
@@ -167,10 +168,16 @@ def _said(name: str, value: Any) -> str:
 
 
 def save_image(pixels: np.ndarray, path: Path) -> Path:
-    """Save float [H, W, C] in [0, 1] in the format of the path's suffix, under a temporary name until it is whole."""
+    """Save float [H, W, C], or a video's [F, H, W, C], in [0, 1], in the format of the path's suffix.
+
+    It has a temporary name until it is whole. A video becomes an animation, which PNG and WebP know.
+    """
     shades = np.round(pixels * 255).astype(np.uint8)
+    shades = shades[..., 0] if shades.shape[-1] == 1 else shades
+    options = dict(IMAGE_FORMATS[path.suffix.removeprefix(".")])
+    frames = [Image.fromarray(each) for each in (shades if pixels.ndim == 4 else [shades])]
+    if len(frames) > 1:
+        options |= {"save_all": True, "append_images": frames[1:], "duration": 1000 / FRAMES_PER_SECOND, "loop": 0}
     with replacing(path) as temporary:
-        Image.fromarray(shades[..., 0] if shades.shape[-1] == 1 else shades).save(
-            temporary, **IMAGE_FORMATS[path.suffix.removeprefix(".")]
-        )
+        frames[0].save(temporary, **options)
     return path

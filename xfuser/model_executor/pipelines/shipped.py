@@ -29,20 +29,25 @@ def shipped_models() -> dict[str, Path]:
     return {name: folder for name, folder in shipped_types().items() if (folder / INDEX).is_file()}
 
 
-def folder_of(model_type: str) -> Path | None:
-    """Find the folder of a type's own model; ``None`` for a type whose models do not come with the package.
+def own_model(model_type: str) -> Path | str | None:
+    """Find what a type loads where no model is named: a folder, a hub id, or ``None`` for a toy.
 
     Raises:
-        ValueError: It is not in this installation.
+        ValueError: There is nothing to load: it is not in this installation, or nowhere.
     """
-    folder = shipped_types().get(model_type)
-    if folder is None or (folder / INDEX).is_file():
+    spec = MODEL_TYPES[model_type]
+    if spec.unpublished:
+        raise ValueError(f"{model_type}: {spec.unpublished}")
+    if not callable(spec.default):
+        return spec.default
+    folder = spec.default()
+    if (folder / INDEX).is_file():
         return folder
     script = f"scripts/train_{model_type.replace('-', '_')}.py"
     here = ", ".join(shipped_models()) or "none"
     raise ValueError(
-        f"{model_type} is not in this installation; train it with {script}, and name its folder with --model, or choose "
-        f"one of those that are there: {here}"
+        f"{model_type} is not in this installation; train it with {script}, and name its folder with --model, or "
+        f"choose one of those that are there: {here}"
     )
 
 

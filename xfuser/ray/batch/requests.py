@@ -72,6 +72,8 @@ class Rules:
             ValueError: It cannot be read.
         """
         spec = MODEL_TYPES[model_type]
+        if spec.makes != "images":
+            raise ValueError(f"{model_type} makes videos, and a job's lines ask for images; use xdit generate")
         source = source_of(model_type, model)
         index = {} if source == TOY else read_index(source)
         known = {name.strip(): int(number) for number, text in _labels(index) for name in str(text).split(",")}
