@@ -32,12 +32,9 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from PIL import Image
-from rich.progress import track
 from safetensors.torch import load_file, save_file
 from tiny_flux_parts import (
     SIZE,
-    T5_TOKENS,
     Emoji,
     Phrases,
     TextEncoders,
@@ -49,20 +46,15 @@ from training import PRECISION_HELP, PRECISIONS, Plan, Training, autocast, const
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tiny_flux_text import found, report_matcher, train_matcher, train_text, unit  # noqa: E402
+from tiny_flux_text import report_matcher, train_matcher, train_text, unit  # noqa: E402
+from tiny_judging import judge  # noqa: E402
 
 from evaluation.metrics.matcher import ImageTextMatcher  # noqa: E402
-from xfuser.core.files import replacing, write_json  # noqa: E402
+from xfuser.core.files import replacing  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOWS = ("coarse", "transformer", "guide")
 STAGES = ("autoencoder", "text", "matcher", *FLOWS, "export", "judge")
-DRAWN = (
-    *("red apple", "blue heart", "cat face", "dog face", "rose", "pizza", "rocket", "automobile"),
-    *("germany flag", "japan flag", "smiling face with sunglasses", "crying face", "tiger face", "bear face"),
-    *("banana", "watermelon", "christmas tree", "white medium star", "sunflower", "key", "soccer ball", "octopus"),
-    *("crescent moon", "thumbs up sign"),
-)
 
 
 def train_autoencoder(args: argparse.Namespace, emoji: Emoji) -> AutoencoderKL:
@@ -217,46 +209,6 @@ def export(
     print(f"export       {args.output}: {size / 1e6:.2f} MB")
 
 
-def draw(args: argparse.Namespace, prompts: list[str], seed: int) -> torch.Tensor:
-    """One image of the exported pipeline for each prompt, float32 [N, 3, 64, 64] in [0, 1]."""
-    pipeline = FluxPipeline.from_pretrained(args.output, dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    batches = []
-    for start in track(range(0, len(prompts), 16), description="judge       "):
-        batch = prompts[start : start + 16]
-        images = pipeline(
-            batch,
-            height=SIZE,
-            width=SIZE,
-            num_inference_steps=args.judged_steps,
-            guidance_scale=args.guidance_scale,
-            generator=[torch.Generator().manual_seed(seed + start + index) for index in range(len(batch))],
-            max_sequence_length=T5_TOKENS,
-            output_type="np",
-        ).images
-        batches.append(torch.from_numpy(images).permute(0, 3, 1, 2))
-    return torch.cat(batches)
-
-
-def judge(args: argparse.Namespace, emoji: Emoji) -> None:
-    """Measure how often the matcher finds the captions of held-out and of generated images, and draw a grid."""
-    matcher = ImageTextMatcher.load(args.output / "evaluation" / "matcher.safetensors")
-    real = report_matcher(emoji, matcher)["held out"]
-    captions = [emoji.captions[index] for index in emoji.held_out.nonzero()[:, 0].tolist()][: args.judged]
-    share = found(matcher, draw(args, captions, seed=1000), captions)
-    print(f"judge        {len(captions)} generated images: caption in its top 10: {share:.3f} (real ones: {real:.3f})")
-    record = {"real": real, "generated": share, "images": len(captions), "steps": args.judged_steps}
-    record["guidance_scale"] = args.guidance_scale
-    write_json(args.output / "evaluation" / "matched.json", record)
-    rows = [torch.cat(list(row), dim=2) for row in draw(args, list(DRAWN) * 2, seed=0).split(8)]
-    pixels = (torch.cat(rows, dim=1).permute(1, 2, 0) * 255).round().byte().numpy()
-    grid = Image.fromarray(pixels)
-    grid = grid.resize((grid.width * 2, grid.height * 2), Image.Resampling.LANCZOS)
-    args.grid.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(args.grid) as temporary:
-        grid.save(temporary, format="PNG")
-
-
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = partial(parser.add_argument)
@@ -323,7 +275,7 @@ def main() -> None:
     if "export" in args.stages:
         export(args, vae, text, matcher, transformer)
     if "judge" in args.stages:
-        judge(args, emoji)
+        judge("tiny-flux", args, emoji, ImageTextMatcher.load(args.output / "evaluation" / "matcher.safetensors"))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,247 @@
+"""Train ``tiny-sd``, a small Stable Diffusion that draws captioned emoji with tiny-flux's autoencoder and CLIP.
+
+Stages, each chosen with --stages (all by default):
+
+- ``unet``: a UNet2DConditionModel with transformer blocks of 64 and of 112 channels, which foretells the noise. It
+  resumes from its checkpoint. A tenth of the phrases are dropped (classifier-free guidance, arXiv 2207.12598).
+- ``export``: a diffusers.StableDiffusionPipeline folder in half precision. Autoencoder and text encoder are linked
+  (shared.json) where --parts is a model beside it, and written again where not.
+- ``judge``: the matcher's bar and a grid.
+
+    python scripts/train_tiny_sd.py --data emoji64.npz --output xfuser/assets/tiny-sd
+
+--parts may also be the working folder of scripts/train_tiny_flux.py, once its stages ``autoencoder`` and ``text`` are
+done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tiny_flux_parts import CLIP_HIDDEN, LATENT_CHANNELS, SIZE, Emoji, Phrases, load_emoji
+from train_tiny_flux import checkpoint, encode_images, plan_stage, train_autoencoder
+from training import PRECISION_HELP, PRECISIONS, Training, autocast
+from transformers import CLIPTextModel, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tiny_flux_text import train_text  # noqa: E402
+from tiny_judging import judge  # noqa: E402
+
+from evaluation.metrics.matcher import ImageTextMatcher  # noqa: E402
+from xfuser.core.files import replacing, write_text  # noqa: E402
+from xfuser.model_executor.pipelines.shipped import INDEX, SHARED, shipped_types  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = ("unet", "export", "judge")
+CHANNELS = (64, 112)
+LINKED = ("vae", "text_encoder", "tokenizer")
+CREDITS = """# tiny-sd
+
+A small `StableDiffusionPipeline`, made by `scripts/train_tiny_sd.py`. It was trained on emoji in the styles of Noto
+Emoji (Apache-2.0) and of Twemoji (CC-BY 4.0, Twitter, Inc and other contributors), described by their Unicode names.
+"""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What tiny-sd takes from tiny-flux, in single precision and not trained any more."""
+
+    vae: AutoencoderKL
+    clip: CLIPTextModel
+    tokenizer: PreTrainedTokenizerFast
+
+    @torch.no_grad()
+    def encode(self, phrases: list[str]) -> torch.Tensor:
+        """CLIP's states [N, 20, 128], as StableDiffusionPipeline computes them."""
+        ids = self.tokenizer(phrases, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        return self.clip(ids).last_hidden_state
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder is a tiny-flux, rather than the working folder in which one is trained."""
+    return (folder / INDEX).is_file()
+
+
+def load_parts(args: argparse.Namespace, emoji: Emoji) -> Parts:
+    """Read the autoencoder, the text encoder and its tokenizer from a tiny-flux or from its checkpoints."""
+    if is_model(args.parts):
+        vae = AutoencoderKL.from_pretrained(args.parts / "vae").float()
+        clip = CLIPTextModel.from_pretrained(args.parts / "text_encoder").float()
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.parts / "tokenizer")
+    else:
+        trained = argparse.Namespace(**(vars(args) | {"workdir": args.parts, "stages": (), "minutes": None}))
+        trained.autoencoder_steps = trained.text_steps = 0
+        trained.plan = partial(plan_stage, trained)
+        vae, text = train_autoencoder(trained, emoji), train_text(trained, emoji)
+        clip, tokenizer = text.clip, text.tokenizers[0]
+    return Parts(vae.eval().requires_grad_(False), clip.eval().requires_grad_(False), tokenizer)
+
+
+def build_unet() -> UNet2DConditionModel:
+    """Eleven transformer blocks of 4 heads, on 256 places of 64 channels and on 64 places of 112; 5.2 M parameters."""
+    return UNet2DConditionModel(
+        sample_size=SIZE // 4,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        block_out_channels=CHANNELS,
+        layers_per_block=2,
+        norm_num_groups=16,
+        cross_attention_dim=CLIP_HIDDEN,
+        attention_head_dim=4,
+    )
+
+
+def build_scheduler() -> DDIMScheduler:
+    """A thousand steps of linear variance, as DiT's, of which DDIM takes some, from the noisiest on."""
+    return DDIMScheduler(timestep_spacing="trailing", clip_sample=False, steps_offset=1)
+
+
+def encoded(args: argparse.Namespace, vae: AutoencoderKL, emoji: Emoji) -> torch.Tensor:
+    """The latents of all images, kept in the working folder for as long as autoencoder and images are the same."""
+    path = args.workdir / "latents.safetensors"
+    digest = hashlib.sha256(emoji.images.numpy().tobytes())
+    for value in vae.state_dict().values():
+        digest.update(value.numpy().tobytes())
+    made_of = digest.hexdigest()
+    if path.exists():
+        with safe_open(path, framework="pt") as opened:
+            if (opened.metadata() or {}).get("made_of") == made_of:
+                return opened.get_tensor("latents")
+    latents = encode_images(vae, emoji.images)
+    with replacing(path) as temporary:
+        save_file({"latents": latents}, temporary, metadata={"made_of": made_of})
+    return latents
+
+
+def train_unet(args: argparse.Namespace, parts: Parts, emoji: Emoji) -> UNet2DConditionModel:
+    """Train the UNet to foretell the noise in latents at a random time, from phrases of which a tenth are dropped."""
+    plan = args.plan("unet", steps=args.unet_steps, learning_rate=1e-3, ema=args.ema, batch_size=args.batch_size)
+    unet = build_unet()
+    # The fused attention's backward pass takes four times as long in bfloat16 on a CPU.
+    unet.set_attn_processor(AttnProcessor())
+    training = Training("unet", unet, plan)
+    if training.step >= plan.steps:
+        return training.averaged()
+    latents, phrases, usable = encoded(args, parts.vae, emoji), Phrases(emoji), emoji.trained_on
+    scheduler = build_scheduler()
+
+    def loss_at(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        chosen, count = usable[indices], len(indices)
+        dropped = torch.rand(count, generator=generator) < 0.1
+        said = phrases(chosen, generator)
+        said = ["" if drop else each for each, drop in zip(said, dropped.tolist(), strict=True)]
+        noise = torch.randn(latents[chosen].shape, generator=generator)
+        times = torch.randint(0, scheduler.config.num_train_timesteps, (count,), generator=generator)
+        noisy = scheduler.add_noise(latents[chosen], noise, times)
+        with args.autocast():
+            foretold = training.module(noisy, times, parts.encode(said)).sample
+        return F.mse_loss(foretold.float(), noise)
+
+    training.run(loss_at, len(usable))
+    return training.averaged()
+
+
+def export(args: argparse.Namespace, parts: Parts, unet: UNet2DConditionModel) -> None:
+    """Write the pipeline in half precision; what lies in a model beside it is linked."""
+    pipeline = StableDiffusionPipeline(
+        vae=parts.vae.half(),
+        text_encoder=parts.clip.half(),
+        tokenizer=parts.tokenizer,
+        unet=unet.half(),
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(args.output, safe_serialization=True)
+    (args.output / SHARED).unlink(missing_ok=True)
+    if is_model(args.parts) and args.parts.resolve().parent == args.output.resolve().parent:
+        write_text(args.output / SHARED, json.dumps(dict.fromkeys(LINKED, args.parts.resolve().name), indent=2) + "\n")
+        for part in LINKED:
+            shutil.rmtree(args.output / part)
+    write_text(args.output / "README.md", CREDITS)
+    size = sum(path.stat().st_size for path in args.output.rglob("*") if path.is_file())
+    print(f"export       {args.output}: {size / 1e6:.2f} MB")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = partial(parser.add_argument)
+    add("--data", type=Path, required=True, help="emoji64.npz (images, captions, styles)")
+    add(
+        "--parts",
+        type=Path,
+        default=shipped_types()["tiny-flux"],
+        help="a tiny-flux, or the working folder of its training (default: the one in the package)",
+    )
+    add("--output", type=Path, default=ROOT / "outputs" / "tiny-sd" / "model", help="folder (default: %(default)s)")
+    add("--workdir", type=Path, default=ROOT / "outputs" / "tiny-sd", help="checkpoint (default: %(default)s)")
+    add("--stages", nargs="+", choices=STAGES, default=STAGES, help="those to run; the UNet's checkpoint is read")
+    add("--minutes", type=float, help="wall-clock minutes after which the UNet's training ends (default: no limit)")
+    add("--unet_steps", type=int, default=25000, help="batches (default: %(default)s)")
+    add("--batch_size", type=int, default=32, help="images a batch (default: %(default)s)")
+    add("--ema", type=float, default=0.998, help="decay of the averaged weights (default: %(default)s)")
+    add("--matcher", type=Path, help="of the stage judge (default: evaluation/matcher.safetensors in --parts)")
+    add("--judged", type=int, default=190, help="images to judge (default: all held-out captions)")
+    add("--judged_steps", type=int, default=50, help="denoising steps of judged images (default: %(default)s)")
+    add("--guidance_scale", type=float, default=3.0, help="of judged images (default: %(default)s)")
+    add("--grid", type=Path, default=ROOT / "docs" / "images" / "tiny_sd_samples.png", help="(default: %(default)s)")
+    add("--checkpoint_every", type=int, default=100, help="batches (default: %(default)s)")
+    add("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all, %(default)s)")
+    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    add("--precision", choices=PRECISIONS, default="auto", help=PRECISION_HELP)
+    args = parser.parse_args()
+    if not args.data.is_file():
+        parser.error(f"--data: no file {args.data}")
+    if not is_model(args.parts) and not all(has_checkpoint(args.parts, stage) for stage in ("autoencoder", "text")):
+        parser.error(
+            f"--parts {args.parts}: expected a tiny-flux ({INDEX}), or the working folder of its training "
+            "(autoencoder.safetensors and text.safetensors); name one"
+        )
+    args.matcher = args.matcher or args.parts / "evaluation" / "matcher.safetensors"
+    if "judge" in args.stages and not args.matcher.is_file():
+        parser.error(f"--matcher: no file {args.matcher}; name one, or leave judge out of --stages")
+    args.autocast = autocast(args.precision)
+    return args
+
+
+def has_checkpoint(workdir: Path, stage: str) -> bool:
+    """Whether a stage of tiny-flux's training has a checkpoint there."""
+    return checkpoint(argparse.Namespace(workdir=workdir), stage).is_file()
+
+
+def main() -> None:
+    args = parse_args()
+    args.workdir.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    emoji = load_emoji(args.data)
+    args.plan = partial(plan_stage, args)
+    if {"unet", "export"} & set(args.stages):
+        parts = load_parts(args, emoji)
+        unet = train_unet(args, parts, emoji)
+    if "export" in args.stages:
+        export(args, parts, unet)
+    if "judge" in args.stages:
+        judge("tiny-sd", args, emoji, ImageTextMatcher.load(args.matcher))
+
+
+if __name__ == "__main__":
+    main()
