@@ -81,7 +81,7 @@ from xfuser.model_executor.pipelines import MODEL_TYPES, LoadedPipeline, load_pi
 from xfuser.model_executor.pipelines.choosing import resolve_model  # noqa: E402
 from xfuser.model_executor.pipelines.generate import save_image  # noqa: E402
 from xfuser.model_executor.pipelines.geometry import geometry_of  # noqa: E402
-from xfuser.model_executor.pipelines.loading import shipped_tiny_dit  # noqa: E402
+from xfuser.model_executor.pipelines.shipped import shipped_trajectory  # noqa: E402
 
 NAME = "cache_execute"
 RESULTS = "cache_execute_results.json"
@@ -182,7 +182,7 @@ def trajectories_of(runs: list[Run], judge: Judge) -> dict[str, dict[str, Any]]:
 
 
 def trajectory_calibration(args: argparse.Namespace, corrects: bool, named: str | None) -> Path | None:
-    """The calibration with which corrected rows work on the trajectory: the one named, or the one shipped for DDIM.
+    """The calibration with which corrected rows work on the trajectory: the one named, or the one shipped.
 
     ``None`` where a setting of the block level is named, ranks share the images, or there is none.
 
@@ -201,10 +201,7 @@ def trajectory_calibration(args: argparse.Namespace, corrects: bool, named: str 
         return None
     if named is not None:
         return None if ours is None else Path(ours)
-    if args.model_type != "tiny-dit" or args.model is not None:
-        return None
-    shipped = shipped_tiny_dit() / "calibration" / "trajectory" / f"ddim-{args.num_inference_steps}.safetensors"
-    return shipped if shipped.is_file() else None
+    return None if args.model is not None else shipped_trajectory(args.model_type, args.num_inference_steps)
 
 
 def rows_to_run(args: argparse.Namespace) -> tuple[list[Row], Sweep | None]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from benchmark.outcomes import Run
 from benchmark.rows import BLOCKS
@@ -33,7 +34,7 @@ from xfuser.config.cache import settings_read_by
 from xfuser.config.methods import METHODS, with_threshold
 from xfuser.model_executor.pipelines import LoadedPipeline
 
-SMALLEST_SAMPLE = 32  # below this a Fréchet distance in 64 dimensions says nothing
+SMALLEST_SAMPLE = FeatureNetwork.num_features // 2  # below this its Fréchet distance says nothing
 
 
 @dataclass
@@ -49,16 +50,20 @@ class Scores:
 class Judge:
     """Scores runs while they go on, so that images need not be kept for it.
 
-    Without an evaluation folder only PSNR, SSIM and speed are known.
+    Without an evaluation folder and a network only PSNR, SSIM and speed are known.
 
     Args:
         loaded: The model that is run.
         folder: Holds ``classifier.safetensors`` and ``reference.safetensors``.
+        network: Where there is no folder, what makes features [N, D] of images [N, 3, H, W] in [0, 1]: the distance to
+            the uncached images is known then.
     """
 
-    def __init__(self, loaded: LoadedPipeline, folder: Path | None) -> None:
+    def __init__(self, loaded: LoadedPipeline, folder: Path | None, network: nn.Module | None = None) -> None:
         self.labelled = loaded.spec.conditioned_on == "label"
-        self.network = FeatureNetwork.load(folder / "classifier.safetensors") if folder else None
+        self.classifier = FeatureNetwork.load(folder / "classifier.safetensors") if folder else None
+        self.network = self.classifier or network
+        self.smallest = 0 if self.network is None else self.network.num_features // 2
         self.reference: Reference | None = read_reference(folder / "reference.safetensors") if folder else None
         self._scores: defaultdict[str, Scores] = defaultdict(Scores)
 
@@ -74,10 +79,11 @@ class Judge:
                 scores.ssim.append(alike)
             if self.network is None:
                 continue
-            pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
+            still = images if images.ndim == 4 else images[:, images.shape[1] // 2]
+            pixels = torch.from_numpy(still).permute(0, 3, 1, 2)
             scores.features.append(self.network(pixels).numpy())
-            if self.labelled:
-                recognised = self.network.classify(pixels).argmax(1) == torch.tensor(conditions)
+            if self.classifier is not None and self.labelled:
+                recognised = self.classifier.classify(pixels).argmax(1) == torch.tensor(conditions)
                 scores.recognised.append(recognised.double().numpy())
 
     def psnr_of(self, run: Run) -> np.ndarray:
@@ -110,15 +116,17 @@ class Judge:
         mine, theirs = self._features(run), self._features(uncached)
         known, is_uncached = self._scores[run.row.method], run is uncached
         scores: dict[str, Any] = dict.fromkeys(("fid", "fid_difference", "fid_vs_uncached", "kid", "class_accuracy"))
-        if mine is not None and theirs is not None and self.reference is not None and len(mine) >= SMALLEST_SAMPLE:
+        enough = mine is not None and theirs is not None and len(mine) >= self.smallest
+        if enough and not is_uncached:
+            scores["fid_vs_uncached"] = frechet_interval(mine, *gaussian(theirs)).to_dict()
+        if enough and self.reference is not None:
             fid = frechet_interval(mine, self.reference.mean, self.reference.covariance)
             scores["fid"] = fid.to_dict()
             scores["kid"] = kernel_interval(mine, self.reference.features).to_dict()
             if not is_uncached:
-                scores["fid_vs_uncached"] = frechet_interval(mine, *gaussian(theirs)).to_dict()
                 moved = paired_frechet_difference(mine, theirs, self.reference.mean, self.reference.covariance)
                 scores["fid_difference"] = moved.to_dict()
-        if self.network is not None and self.labelled:
+        if self.classifier is not None and self.labelled:
             scores["class_accuracy"] = mean_interval(np.concatenate(known.recognised)).to_dict()
         quality: dict[str, Any] = {"psnr": None, "psnr_worst_tenth": None, "ssim": None}
         if not is_uncached:
@@ -147,9 +155,10 @@ class Judge:
         ours, theirs = (np.concatenate(self._scores[each.row.method].psnr) for each in (run, against))
         ratio: Interval | None = None
         fid_difference: Interval | None = None
-        if self.network is not None and self.reference is not None and len(ours) >= SMALLEST_SAMPLE:
+        if self.network is not None and len(ours) >= self.smallest:
             a, b, reference = (self._features(each) for each in (run, against, uncached))
             ratio = paired_frechet_ratio(a, b, reference)
+        if ratio is not None and self.reference is not None:
             fid_difference = paired_frechet_difference(a, b, self.reference.mean, self.reference.covariance)
         return {
             "method": run.row.method,

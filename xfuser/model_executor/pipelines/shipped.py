@@ -51,6 +51,19 @@ def own_model(model_type: str) -> Path | str | None:
     )
 
 
+def shipped_trajectory(model_type: str, steps: int) -> Path | None:
+    """Find the calibration of the trajectory that comes with a model, for its own scheduler and so many steps."""
+    folder = shipped_types().get(model_type)
+    if folder is None or not (folder / INDEX).is_file():
+        return None
+    scheduler = json.loads((folder / INDEX).read_text(encoding="utf-8"))["scheduler"][1]
+    for path in sorted((folder / "calibration" / "trajectory").glob("*.json")):
+        made = json.loads(path.read_text(encoding="utf-8"))
+        if (made["steps"], made["fingerprint"]["scheduler"]["class"]) == (steps, scheduler):
+            return path.with_suffix(".safetensors")
+    return None
+
+
 def shared_parts(model: str | Path) -> dict[str, Path]:
     """Find the parts that a model takes from others, by name, with their folders; none for a hub id.
 
