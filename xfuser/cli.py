@@ -38,7 +38,7 @@ START = """start with:
   xdit generate --class_label bag shirt --target_speedup 3
       the model that comes with the package: the first batch in full, the others 3 times faster
   xdit generate --model FOLDER --prompt "a red fox" --target_speedup 3
-      any DiT, FLUX, PixArt or Stable Diffusion 3; `xdit --model ...` is the same
+      any DiT, FLUX, PixArt, Stable Diffusion or Wan; `xdit --model ...` is the same
   xdit generate --class_label bag shirt --use_cache Tea --enable_adacorrection --adacorr_budget 0.5
       a base method, layer by layer, and AdaCorrection to review it
 """
