@@ -65,5 +65,24 @@ def test_what_cannot_be_is_refused_in_a_line() -> None:
         with pytest.raises(ValueError, match=said) as caught:
             ImageGenerator(**settings)
         assert "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match="'class_label'"):
-        generator()({"class_label": np.array([99])})
+    one = generator()
+    with pytest.raises(ValueError, match="the row 1 of a batch: 'class_label' 99"):
+        one({"class_label": np.array([9, 99])})
+    with pytest.raises(ValueError, match="the row with id 'b': 'class_label' 99"):
+        one({"id": np.array(["a", "b"]), "class_label": np.array([9, 99])})
+
+
+def test_rows_without_a_seed_have_their_own_in_every_batch() -> None:
+    one = generator()
+    rows = {"id": np.array(["x/1", "x/2"], dtype=object), "class_label": np.array([1, 1])}
+    both, alone = one(rows), one({name: values[1:] for name, values in rows.items()})
+    assert both["seed"][0] != both["seed"][1] == alone["seed"][0]
+    assert both["image_sha256"][1] == alone["image_sha256"][0]
+    gaps = one(rows | {"seed": np.array([np.nan, 7.0])})  # so Parquet's empty cells come
+    assert gaps["seed"].tolist() == [both["seed"][0], 7]
+
+
+def test_an_empty_batch_has_the_columns_of_others() -> None:
+    made, empty = generator()(ROWS), generator()({name: values[:0] for name, values in ROWS.items()})
+    assert list(empty) == list(made) and not len(empty["image"])
+    assert [values.dtype.kind for values in empty.values()] == [values.dtype.kind for values in made.values()]

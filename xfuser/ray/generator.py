@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
+import json
 import os
 import socket
 import sys
@@ -25,7 +26,7 @@ from xfuser.model_executor.cache.apply import on_trajectory
 from xfuser.model_executor.parallel import check_combination
 from xfuser.model_executor.pipelines.choosing import resolve_model
 from xfuser.model_executor.pipelines.model_types import DEFAULT_MODEL_TYPE
-from xfuser.ray.batch.requests import Rules, check_row
+from xfuser.ray.batch.requests import Rules, check_row, is_absent
 from xfuser.ray.cluster import ray
 from xfuser.ray.rank import EngineSettings, Rank
 
@@ -41,7 +42,8 @@ class ImageGenerator:
 
     For ``dataset.map_batches(ImageGenerator, fn_constructor_kwargs={...}, batch_size=8, concurrency=4)``. The rows
     have ``prompt`` or ``class_label``, and may have ``seed``, ``num_inference_steps``, ``guidance_scale`` and so on;
-    they come back with ``image`` (the bytes of a PNG), ``image_sha256``, ``evaluated_share`` and ``plan_digest``.
+    they come back with ``seed``, ``image`` (the bytes of a PNG), ``image_sha256``, ``evaluated_share`` and
+    ``plan_digest``. A row without a seed has one that is made of its ``id``, or else of what it asks for.
 
     Args:
         pipeline: Folder, hub id or model type, as for ``xdit --model``.
@@ -99,10 +101,11 @@ class ImageGenerator:
                 shares[place], digests[place] = facts["evaluated_share"], facts["plan_digest"] or ""
         return {
             **batch,
+            "seed": np.array([each["seed"] for each in rows], dtype=np.int64),
             "image": np.array(images, dtype=object),
-            "image_sha256": np.array([hashlib.sha256(each).hexdigest() for each in images]),
+            "image_sha256": np.array([hashlib.sha256(each).hexdigest() for each in images], dtype=str),
             "evaluated_share": shares,
-            "plan_digest": np.array(digests),
+            "plan_digest": np.array(digests, dtype=str),
         }
 
     def learn(self, batch: Mapping[str, np.ndarray]) -> dict[str, bytes]:
@@ -124,13 +127,19 @@ class ImageGenerator:
             self._known_kinds.add(kind)
 
     def _rows(self, batch: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
-        names = [name for name in batch if name in self._rules.known]
-        count = len(next(iter(batch.values())))
+        names = [name for name in batch if name in self._rules.known and name != "id"]
         rows = []
-        for index in range(count):
+        for index in range(len(next(iter(batch.values())))):
             row = {name: _plain(batch[name][index]) for name in names}
-            row = {name: value for name, value in row.items() if value is not None}
-            rows.append(check_row({"id": f"row{index}", "seed": index} | row, self._rules, index).call())
+            row = {name: value for name, value in row.items() if not is_absent(value)}
+            identity = _plain(batch["id"][index]) if "id" in batch else None
+            # Ray Data tells no place among all rows, and one in the batch would give every batch the same seeds.
+            row.setdefault("seed", _seed_of(row if identity is None else identity))
+            try:
+                rows.append(check_row({"id": f"row{index}", **row}, self._rules, index).call())
+            except ValueError as error:
+                named = f"{index} of a batch" if identity is None else f"with id {identity!r}"
+                raise ValueError(f"the row {named}: {error}") from error
         return rows
 
 
@@ -336,6 +345,12 @@ def _by_kind(rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
     for place, row in enumerate(rows):
         kinds.setdefault(row["kind"], []).append(place)
     return list(kinds.values())
+
+
+def _seed_of(said: Any) -> int:
+    """Make a seed of what tells a row from others."""
+    text = json.dumps(said, sort_keys=True, default=str)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
 
 def _plain(value: Any) -> Any:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xfuser.ray.batch.requests import Request, Rules, check_row
+from xfuser.ray.batch.requests import Request, Rules, check_row, is_absent
 
 LONGEST_LINE = 8 * 2**20  # bytes
 SUFFIXES = (".jsonl", ".csv", ".parquet")
@@ -158,10 +157,7 @@ def _parquet_rows(file: Path) -> Iterator[_Row]:
             for block in table.iter_batches(batch_size=4096):
                 for values in block.to_pylist():
                     number += 1
-                    yield _Row(file.name, number, {name: value for name, value in values.items() if not _absent(value)})
+                    present = {column: value for column, value in values.items() if not is_absent(value)}
+                    yield _Row(file.name, number, present)
     except pyarrow.ArrowException as error:
         raise ValueError(f"--prompts {file}: it cannot be read as Parquet ({str(error).splitlines()[0]})") from error
-
-
-def _absent(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))

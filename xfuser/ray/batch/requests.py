@@ -186,6 +186,11 @@ def check_row(row: Mapping[str, Any], rules: Rules, position: int, file: str = "
     return Request(identity, condition, seed, sampling, negative, file, line)
 
 
+def is_absent(value: Any) -> bool:
+    """Whether a table's cell is empty; one of numbers has NaN there."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
 def _identity(value: Any) -> str:
     if value is None or value == "":
         raise ValueError("'id' is missing; give every line one of its own")
