@@ -137,6 +137,17 @@ def test_what_was_learned_is_found_again(job: tuple[JobFolder, Plan]) -> None:
     assert folder.calibrations(plan) == {0: {"ab.safetensors": b"learned"}}
 
 
+def test_what_killed_commands_have_begun_is_removed(job: tuple[JobFolder, Plan]) -> None:
+    folder, plan = job
+    folder.keep_calibration(plan.kinds[0], {"ab.safetensors": b"learned"})
+    row(folder.path, 0)
+    before = {path for path in folder.path.rglob("*") if path.is_file()}
+    for where in ("", "calibration/", "images/00000/"):
+        (folder.path / f"{where}.x.1.partial").write_bytes(b"half")
+    folder.clean()
+    assert {path for path in folder.path.rglob("*") if path.is_file()} == before
+
+
 def test_the_report_shows_groups_images_and_what_was_rejected(job: tuple[JobFolder, Plan]) -> None:
     folder, plan = job
     rows = [row(folder.path, place, finished=100.0 + place, group=place % 2) for place in range(6)]

@@ -15,7 +15,7 @@ from test_batch_work import request  # noqa: E402
 
 from xfuser.ray.batch import group as group_module  # noqa: E402
 from xfuser.ray.batch.folder import JobFolder  # noqa: E402
-from xfuser.ray.batch.group import Group, NoRoom, NotShared, TooLarge, encoded  # noqa: E402
+from xfuser.ray.batch.group import Group, NeedsHalves, NoRoom, NotShared, TooLarge, encoded  # noqa: E402
 from xfuser.ray.batch.manifest import ManifestWriter, read_rows  # noqa: E402
 from xfuser.ray.rank import EngineSettings  # noqa: E402
 
@@ -23,14 +23,15 @@ FACTS = {"evaluated_share": 1.0, "evaluated_steps": 50, "plan_digest": None}
 
 
 class Ranks:
-    """Stands for loaded ranks whose memory holds so many images."""
+    """Stands for loaded ranks whose memory holds so many images; several of them do not survive what it does not."""
 
-    def __init__(self, fit: int) -> None:
-        self._fit, self.asked = fit, []
+    def __init__(self, fit: int, several: bool = False) -> None:
+        self._fit, self._several, self.asked, self.lost = fit, several, [], False
 
     def generate(self, calls: list[dict[str, Any]]) -> tuple[np.ndarray, dict[str, Any]]:
         self.asked.append(len(calls))
         if len(calls) > self._fit:
+            self.lost = self._several
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
         return np.stack([np.full((8, 8, 3), each["seed"] / 100, np.float32) for each in calls]), FACTS
 
@@ -42,11 +43,11 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     requests = [request(index) for index in range(4)]
     folder.begin(requests, 4)
 
-    def of(fit: int) -> tuple[Group, Ranks, Any]:
+    def of(fit: int, several: bool = False) -> tuple[Group, Ranks, Any]:
         group = Group(0, str(tmp_path), folder.job, "png", {}, [])
-        ranks = group._ranks = Ranks(fit)  # type: ignore[assignment]
+        ranks = group._ranks = Ranks(fit, several)  # type: ignore[assignment]
         group._manifest = ManifestWriter(tmp_path, "a")
-        return group, ranks, lambda: group.make(0, range(4), requests, 1, [])
+        return group, ranks, lambda halved=False: group.make(0, range(4), requests, 1, [], halved)
 
     return of
 
@@ -56,6 +57,7 @@ def test_a_batch_that_does_not_fit_is_halved_once_and_so_are_those_behind_it(mak
     assert run().images == 4 and ranks.asked == [4, 2, 2]
     run()
     assert ranks.asked == [4, 2, 2, 2, 2]
+    assert {row["batch_images"] for row in read_rows(tmp_path)} == {2}
     assert [row["id"] for row in read_rows(tmp_path)][:4] == ["a0", "a1", "a2", "a3"]
 
 
@@ -64,6 +66,21 @@ def test_what_does_not_fit_by_halves_is_refused_with_what_may(make: Any) -> None
     with pytest.raises(TooLarge, match="use --batch_size 1 or less"):
         run()
     assert ranks.asked == [4, 2]
+
+
+def test_several_ranks_are_started_again_before_halves_are_tried(make: Any) -> None:
+    """One of them may wait for another in the middle of the batch, so that none can be asked for anything."""
+    _, ranks, run = make(2, several=True)
+    with pytest.raises(NeedsHalves):
+        run()
+    with pytest.raises(RuntimeError, match="has to be started again"):
+        run()
+    assert ranks.asked == [4]
+    _, ranks, run = make(2, several=True)
+    assert run(halved=True).images == 4 and ranks.asked == [2, 2]
+    _, ranks, run = make(1, several=True)
+    with pytest.raises(TooLarge, match="use --batch_size 1 or less"):
+        run(halved=True)
 
 
 def test_a_full_disk_is_told_and_leaves_no_half_of_a_row(

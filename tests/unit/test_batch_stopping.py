@@ -34,7 +34,7 @@ def arguments(tmp_path: Path) -> list[str]:
     args = cli.build_parser().parse_args(listed)
     resolve_model(args)
     settings = command.engine_settings(args)
-    folder = JobFolder(args.output_dir, command.recorded(args, settings), resume=True, overwrite=False)
+    folder = JobFolder(args.output_dir, command.recorded_settings(args, settings), resume=True, overwrite=False)
     folder.begin(read_requests(args.prompts, command.rules_of(args, settings)), args.batch_size)
     ManifestWriter(folder.path, "a").append([row(folder.path, place) for place in range(3)])
     folder.close()

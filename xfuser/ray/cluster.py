@@ -75,3 +75,9 @@ def end_processes(actors: Sequence[Any]) -> None:
     """End processes that `start_processes` has started."""
     for each in actors:
         ray.kill(each)
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """Unwrap what a call has raised where it ran; Ray's own error where the process is gone."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(error, ray.exceptions.RayTaskError) and isinstance(cause, BaseException) else error

@@ -10,7 +10,8 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,26 @@ from xfuser.config.cache import FIRST
 from xfuser.config.parallel import ParallelConfig
 from xfuser.config.trajectory import TrajectoryConfig
 from xfuser.core.console import quiet_libraries
+from xfuser.core.distributed.environment import is_out_of_memory
+from xfuser.core.distributed.shutdown import one_line
 from xfuser.model_executor.cache.apply import on_trajectory
 from xfuser.model_executor.parallel import check_combination
 from xfuser.model_executor.pipelines.choosing import resolve_model
 from xfuser.model_executor.pipelines.model_types import DEFAULT_MODEL_TYPE
 from xfuser.ray.batch.requests import Rules, check_row, is_absent
-from xfuser.ray.cluster import ray
+from xfuser.ray.cluster import cause_of, ray
 from xfuser.ray.rank import EngineSettings, Rank
 
 GRACE_SECONDS = 20.0  # for the other ranks to end a call in which one has failed
+_LOOK_SECONDS = 0.5  # between two looks at whether this rank's own part is over
 
 
 class GroupLost(RuntimeError):
     """A rank of the group is gone, or waits for one that has failed; the group has to be built anew."""
+
+
+class RanksOutOfMemory(MemoryError):
+    """Memory did not suffice on a rank of several; the group has to be built anew."""
 
 
 class ImageGenerator:
@@ -151,6 +159,9 @@ class RankGroup:
         resources: What each of the others asks Ray for.
         placement: Ray's strategy by the others' place, where a placement group was made for them.
 
+    Attributes:
+        lost: Whether a rank has failed where others have not, so that no further call can be made.
+
     Raises:
         ValueError: The model cannot be loaded, or the settings do not fit it.
     """
@@ -163,6 +174,7 @@ class RankGroup:
     ) -> None:
         quiet_libraries()
         self.settings = settings
+        self.lost = False
         self._peers: list[Any] = []
         others = settings.parallel.world_size - 1
         url = None
@@ -198,28 +210,67 @@ class RankGroup:
         calls = [each.call.remote(method, sent) for each in self._peers]
         return self._meanwhile(calls, lambda: getattr(self._rank, method)(argument))
 
-    def _meanwhile(self, calls: list[Any], own: Any) -> Any:
-        """Do this rank's part while the others do theirs; where one is gone, nobody is left waiting."""
+    def _meanwhile(self, calls: list[Any], own: Callable[[], Any]) -> Any:
+        """Do this rank's part while the others do theirs; where one has failed, nobody is left waiting for it."""
+        if self.lost:
+            _lose("a rank of the group has failed before")
         if not calls:
             return own()
-        over = threading.Event()
-        watching = threading.Thread(target=_watch, args=(calls, over), daemon=True)
-        watching.start()
+        part, ends = _Part(own), None
+        waiting, failures = list(calls), []
+        while (waiting or not part.over.is_set()) and not failures and part.error is None:
+            if not waiting:
+                part.over.wait(_LOOK_SECONDS)
+                continue
+            done, waiting = ray.wait(waiting, timeout=_LOOK_SECONDS)
+            failures += [error for error in map(_failure_of, done) if error is not None]
+            if waiting and part.over.is_set():
+                ends = ends or time.monotonic() + GRACE_SECONDS + self.settings.timeout
+                if time.monotonic() > ends:
+                    _lose("another rank of the group does not answer")
+        if not failures and part.error is None:
+            return part.result
+        self._check_memory([*failures, part.error])
+        # The others have a moment to refuse alike; then all of them can go on.
+        part.over.wait(GRACE_SECONDS)
+        done, waiting = ray.wait(calls, num_returns=len(calls), timeout=GRACE_SECONDS)
+        told = [_failure_of(each) for each in done]
+        self._check_memory([*told, part.error])
+        if waiting or part.error is None or not all(isinstance(each, ray.exceptions.RayTaskError) for each in told):
+            first = next((each for each in (part.error, *told) if each is not None), None)
+            _lose(
+                f"a rank of the group has failed: {'nothing was told' if first is None else one_line(cause_of(first))}"
+            )
+        raise part.error
+
+    def _check_memory(self, errors: Sequence[BaseException | None]) -> None:
+        """Give the ranks up where memory did not suffice for one of them: the others may be at any place in a batch.
+
+        Raises:
+            RanksOutOfMemory: It did not.
+        """
+        for error in errors:
+            if error is not None and is_out_of_memory(cause_of(error)):
+                self.lost = True
+                raise RanksOutOfMemory(f"a rank of the group is out of memory: {one_line(cause_of(error))}")
+
+
+class _Part:
+    """One rank's own part of a call, in a thread: it may wait for another rank that will never answer."""
+
+    def __init__(self, own: Callable[[], Any]) -> None:
+        self.over = threading.Event()
+        self.result: Any = None
+        self.error: BaseException | None = None
+        threading.Thread(target=self._run, args=(own,), daemon=True).start()
+
+    def _run(self, own: Callable[[], Any]) -> None:
         try:
-            result = own()
-        except Exception as error:
-            over.set()
-            _, waiting = ray.wait(calls, num_returns=len(calls), timeout=GRACE_SECONDS)
-            if waiting or not all(_refused_alike(each) for each in calls):
-                _lose(f"a rank of the group has failed: {error}")
-            raise
+            self.result = own()
+        except BaseException as error:  # it is raised again where the call was made
+            self.error = error
         finally:
-            over.set()
-        try:
-            ray.get(calls, timeout=GRACE_SECONDS + self.settings.timeout)
-        except ray.exceptions.RayError as error:
-            _lose(f"another rank of the group has failed: {str(error).splitlines()[0]}")
-        return result
+            self.over.set()
 
 
 class RankProcess:
@@ -302,32 +353,13 @@ def _lose(reason: str) -> None:
     raise GroupLost(reason)
 
 
-def _watch(calls: list[Any], over: threading.Event) -> None:
-    """End this process where another rank is gone and the own part goes on: it would wait for good."""
-    waiting = list(calls)
-    while waiting and not over.is_set():
-        done, waiting = ray.wait(waiting, timeout=0.5)
-        if any(not _went_well(each) for each in done) and not over.wait(GRACE_SECONDS) and in_actor():
-            _lose("another rank of the group is gone")
-
-
-def _went_well(call: Any) -> bool:
+def _failure_of(call: Any) -> BaseException | None:
+    """Read what another rank's part has failed with, where it is over and has."""
     try:
         ray.get(call)
-    except ray.exceptions.RayError:
-        return False
-    return True
-
-
-def _refused_alike(call: Any) -> bool:
-    """Whether a rank that has ended a call can go on: it has raised an error as the first one has."""
-    try:
-        ray.get(call)
-    except ray.exceptions.RayTaskError:
-        return True
-    except ray.exceptions.RayError:
-        return False
-    return False
+    except ray.exceptions.RayError as error:
+        return error
+    return None
 
 
 def _own_resources() -> dict[str, float]:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from xfuser.config.launched import launched, local_rank, rank, world_size  # noqa: F401 (the rest is found here)
 
 DEVICES = ("auto", "cpu", "cuda")
+_MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
 _starts = itertools.count()
 
 _timeout: float | None = None
@@ -45,6 +46,17 @@ def choose_device(name: str = "auto") -> torch.device:
 def device_count(device: torch.device) -> int | None:
     """Accelerators of this machine; ``None`` where the processor computes."""
     return None if device.type == "cpu" else torch.cuda.device_count()
+
+
+def accelerators_wanted(name: str, present: bool) -> int:
+    """How many accelerators a rank asks a cluster for.
+
+    Args:
+        name: A device, as for `choose_device`.
+        present: Whether any machine of the cluster has one. An autoscaling cluster has none before they are asked for,
+            and is given a name other than ``auto``.
+    """
+    return int(name == "cuda" or (name == "auto" and present))
 
 
 @dataclass(frozen=True)
@@ -119,6 +131,18 @@ def waiter(device: torch.device) -> Callable[[], None] | None:
 def memory_peak(device: torch.device) -> int | None:
     """The most bytes that this process has held on its accelerator; ``None`` on a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory did not suffice, of an accelerator or of the machine."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _MEMORY_WORDS)
+
+
+def free_memory() -> None:
+    """Give back what an accelerator's allocator keeps."""
+    torch.accelerator.empty_cache() if torch.accelerator.is_available() else None
 
 
 def synchronize(device: torch.device) -> None:

@@ -109,12 +109,12 @@ def kind_name(kind: str) -> str:
 
 
 def image_path(place: int, identity: str, suffix: str) -> str:
-    """Where an image goes, below the job's folder: a thousand a folder, since file systems slow down with more."""
+    """Name an image's file, below the job's folder: a thousand a folder, since file systems slow down with more."""
     return f"images/{place // 1000:05d}/{identity}.{suffix}"
 
 
 def row_of(request: Request) -> dict[str, Any]:
-    """What the manifest says of a request itself."""
+    """Make the columns of the manifest that come from the request itself."""
     return {
         "id": request.id,
         "seed": request.seed,

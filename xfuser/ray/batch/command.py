@@ -55,7 +55,7 @@ def run_batch(args: argparse.Namespace) -> None:
     resolve_model(args)
     settings = engine_settings(args)
     rules = rules_of(args, settings)
-    folder = JobFolder(args.output_dir, recorded(args, settings), args.resume, args.overwrite)
+    folder = JobFolder(args.output_dir, recorded_settings(args, settings), args.resume, args.overwrite)
     try:
         plan, rejected = folder.begin(read_requests(args.prompts, rules), args.batch_size)
         if not len(plan):
@@ -71,7 +71,7 @@ def run_batch(args: argparse.Namespace) -> None:
 
 
 def engine_settings(args: argparse.Namespace) -> EngineSettings:
-    """What every group is to load, checked before anything is (ValueError)."""
+    """Collect what every group is to load, and check it before anything is loaded (ValueError)."""
     if args.calibration == FIRST:
         raise ValueError("--calibration first: a job learns once, for all groups, anyhow; leave it out, or name a file")
     check_device(args.device)
@@ -99,7 +99,7 @@ def engine_settings(args: argparse.Namespace) -> EngineSettings:
 
 
 def cache_of(args: argparse.Namespace, parallel: ParallelConfig) -> dict[str, Any]:
-    """The cache's settings by name (ValueError where they do not go together)."""
+    """Collect the cache's settings by name (ValueError where they do not go together)."""
     settings = trajectory_settings(args)
     if settings is not None:
         goal = next(name for name in GOALS if name in settings)
@@ -118,7 +118,7 @@ def cache_of(args: argparse.Namespace, parallel: ParallelConfig) -> dict[str, An
 
 
 def rules_of(args: argparse.Namespace, settings: EngineSettings) -> Rules:
-    """What the lines may say, and what they say that do not."""
+    """Read from the model what a line may say, and from the command line what holds where it does not."""
     return Rules.of(
         args.model_type,
         args.model,
@@ -132,8 +132,8 @@ def rules_of(args: argparse.Namespace, settings: EngineSettings) -> Rules:
     )
 
 
-def recorded(args: argparse.Namespace, settings: EngineSettings) -> dict[str, Any]:
-    """All settings that the images depend on, in plain types."""
+def recorded_settings(args: argparse.Namespace, settings: EngineSettings) -> dict[str, Any]:
+    """Collect all settings that the images depend on, in plain types."""
     names = ("model", "model_type", "batch_size", "image_format", "seed", "num_inference_steps", "guidance_scale")
     names += ("height", "width", "max_sequence_length", "use_torch_compile", "enable_tiling", "calibration_images")
     parallel = {name: value for name, value in vars(settings.parallel).items() if name != "verify_agreement"}
@@ -185,7 +185,7 @@ def _run(
         return BY_SIGNAL[stopped.signal] if isinstance(stopped, Stopped) and stopped.signal else STOPPED
     stops.finish()
     summary = finish(args, folder, plan, job, times | {"all": time.time() - began})
-    say(folder, summary, job.rejected)
+    print_outcome(folder, summary, job.rejected)
     return SOME_REJECTED if job.rejected else 0
 
 
@@ -203,7 +203,7 @@ def finish(
         "requests": len(plan),
         "rejected": len(job.rejected),
         **merged,
-        "settings": recorded(args, job.settings),
+        "settings": recorded_settings(args, job.settings),
         "run": {
             "images": state.made,
             "seconds": seconds["all"],
@@ -229,8 +229,8 @@ def finish(
 _QUANTILES = {"median": 0.5, "p95": 0.95, "most": 1.0}
 
 
-def say(folder: JobFolder, summary: dict[str, Any], rejected: list[Rejected]) -> None:
-    """Print what came of it."""
+def print_outcome(folder: JobFolder, summary: dict[str, Any], rejected: list[Rejected]) -> None:
+    """Print how many images there are, at what rate, and what was rejected."""
     run = summary["run"]
     rate = f", {run['images_per_second']:.2f} a second" if run["images"] else ""
     share = summary["evaluated_share"]

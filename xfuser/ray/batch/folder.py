@@ -116,9 +116,10 @@ class JobFolder:
 
     def clean(self) -> None:
         """Remove what killed processes have begun and could not finish."""
-        for path in (self.path / IMAGES).glob("*/.*.partial"):
-            with suppress(FileNotFoundError):
-                path.unlink()
+        for pattern in (".*.partial", f"{CALIBRATION}/.*.partial", f"{IMAGES}/*/.*.partial"):
+            for path in self.path.glob(pattern):
+                with suppress(FileNotFoundError):
+                    path.unlink()
 
     def close(self) -> None:
         """Let other commands work here."""

@@ -10,15 +10,16 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
+from xfuser.core.distributed.environment import free_memory, is_out_of_memory
 from xfuser.core.files import IMAGE_FORMATS, replacing
 from xfuser.ray.batch.batches import image_path, row_of
 from xfuser.ray.batch.folder import JOB, read_job
@@ -30,11 +31,14 @@ from xfuser.ray.generator import RankGroup
 from xfuser.ray.rank import EngineSettings
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
-_MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
 
 
 class TooLarge(ValueError):
     """A batch needs more memory than there is, by halves too."""
+
+
+class NeedsHalves(MemoryError):
+    """A batch needs more memory than there is, and the ranks have to be started again before its halves are tried."""
 
 
 class NoRoom(OSError):
@@ -114,8 +118,8 @@ class Group:
 
     def learn(self, requests: Sequence[Request]) -> dict[str, bytes]:
         """See `Rank.learn`."""
-        with self._computing:
-            return self._loaded().learn([each.call() for each in requests])
+        with self._computing, self._kept() as ranks:
+            return ranks.learn([each.call() for each in requests])
 
     def make(
         self,
@@ -124,6 +128,7 @@ class Group:
         requests: Sequence[Request],
         attempt: int,
         calibrations: Sequence[Any],
+        halved: bool = False,
     ) -> Made:
         """Generate a batch, write its images and then their rows.
 
@@ -133,21 +138,23 @@ class Group:
             requests: What is to be made.
             attempt: From 1.
             calibrations: References to what groups have learned.
+            halved: Whether it is known that the whole batch does not fit.
 
         Raises:
-            TooLarge: It needs more memory than there is.
+            TooLarge: It needs more memory than there is, by halves too.
+            NeedsHalves: The same of the whole batch, where the group has several ranks. After either, such a group has
+                to be started again.
             NoRoom: Nothing can be written any more.
         """
-        with self._computing:
-            ranks = self._loaded()
+        with self._computing, self._kept() as ranks:
             for files in ray.get(list(calibrations)):
                 ranks.install(files)
             began = time.perf_counter()
-            pixels, facts = self._generate(ranks, [each.call() for each in requests])
+            pixels, facts, sizes = self._generate(ranks, [each.call() for each in requests], halved)
             seconds = time.perf_counter() - began
         began = time.perf_counter()
         try:
-            written = self._write(number, places, requests, pixels, facts, attempt, seconds)
+            written = self._write(number, places, requests, pixels, facts, sizes, attempt, seconds)
         except OSError as error:
             if error.errno in NO_ROOM:
                 raise NoRoom(error.errno, f"{error.strerror} in {self._folder}") from error
@@ -157,17 +164,25 @@ class Group:
         share = facts["evaluated_share"]
         return Made(len(requests), seconds, writing, share, written, time.time())
 
-    def _generate(self, ranks: RankGroup, calls: list[dict[str, Any]]) -> tuple[np.ndarray, dict[str, Any]]:
-        """Generate a batch; where memory does not suffice, once more by halves, and from then on."""
+    def _generate(
+        self, ranks: RankGroup, calls: list[dict[str, Any]], halved: bool
+    ) -> tuple[np.ndarray, dict[str, Any], list[int]]:
+        """Generate a batch; where memory does not suffice, once more by halves, and from then on.
+
+        Returns:
+            Pixels, what the cache did, and of each image how many were generated with it.
+        """
         kind = calls[0]["kind"]
-        if kind not in self._halved:
+        if not halved and kind not in self._halved:
             try:
-                return ranks.generate(calls)
+                return *ranks.generate(calls), [len(calls)] * len(calls)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
                 if len(calls) == 1:
                     raise TooLarge(_too_large(1)) from error
+                if ranks.lost:
+                    raise NeedsHalves(str(error)) from error
         free_memory()
         middle = (len(calls) + 1) // 2
         parts = [part for part in (calls[:middle], calls[middle:]) if part]
@@ -178,12 +193,20 @@ class Group:
                 raise
             raise TooLarge(_too_large(middle)) from error
         self._halved.add(kind)
-        return np.concatenate([pixels for pixels, _ in made]), made[0][1]
+        sizes = [len(part) for part in parts for _ in part]
+        return np.concatenate([pixels for pixels, _ in made]), made[0][1], sizes
 
-    def _loaded(self) -> RankGroup:
+    @contextmanager
+    def _kept(self) -> Iterator[RankGroup]:
+        """Hand the ranks out for one call, and give them up where they cannot go on after it."""
         if self._ranks is None:
-            raise RuntimeError("this process was started again, and has loaded nothing yet")
-        return self._ranks
+            raise RuntimeError("this process has loaded nothing, or has lost its ranks; it has to be started again")
+        ranks = self._ranks
+        try:
+            yield ranks
+        finally:
+            if ranks.lost:
+                self._ranks = None
 
     def _check_shared(self) -> None:
         host = socket.gethostname()
@@ -204,11 +227,12 @@ class Group:
         requests: Sequence[Request],
         pixels: np.ndarray,
         facts: Mapping[str, Any],
+        sizes: Sequence[int],
         attempt: int,
         seconds: float,
     ) -> int:
         rows = []
-        for place, request, image in zip(places, requests, pixels, strict=True):
+        for place, request, image, together in zip(places, requests, pixels, sizes, strict=True):
             name = image_path(place, request.id, self._format)
             content = encoded(image, self._format)
             path = self._folder / name
@@ -227,7 +251,7 @@ class Group:
                     "evaluated_share": facts["evaluated_share"],
                     "plan_digest": facts["plan_digest"],
                     "batch": number,
-                    "batch_images": len(requests),
+                    "batch_images": together,
                     "group": self._number,
                     "attempt": attempt,
                     "finished": time.time(),
@@ -244,18 +268,6 @@ def encoded(pixels: np.ndarray, image_format: str) -> bytes:
     image = Image.fromarray(shades[..., 0] if shades.shape[-1] == 1 else shades)
     image.save(kept, **IMAGE_FORMATS[image_format])
     return kept.getvalue()
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory did not suffice, of an accelerator or of the machine."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _MEMORY_WORDS)
-
-
-def free_memory() -> None:
-    """Give back what an accelerator's allocator keeps."""
-    torch.accelerator.empty_cache() if torch.accelerator.is_available() else None
 
 
 def _too_large(tried: int) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from xfuser.core.distributed.environment import accelerators_wanted
 from xfuser.ray.batch.group import Group
 from xfuser.ray.batch.work import Task
 from xfuser.ray.cluster import ray
@@ -20,8 +21,14 @@ AHEAD = 2  # tasks that a group has: one that it generates, and one behind it
 
 
 @dataclass
-class Waited:
-    """What an answer will be to."""
+class Pending:
+    """A call that is not answered yet.
+
+    Attributes:
+        group: Whose it is.
+        what: ``room``, ``load``, ``learn`` or ``make``.
+        task: What is learned from or made.
+    """
 
     group: WorkerGroup
     what: str
@@ -38,18 +45,19 @@ class WorkerGroup:
         actor: Once there is room.
         loaded: Whether it takes tasks.
         tasks: What it has, the earliest first.
-        since: When it was first loaded.
+        loaded_at: When it first was.
         busy: Seconds of generating.
         batches: Done.
         images: Written.
         losses: How often it had to be built again, since its last success.
+        rebuilt: How often it had to be, over all.
         load_seconds: Of the last loading.
         start_seconds: From the room that it was given to its first load, its processes' start included.
-        placed: When it was given room.
+        placed_at: When it was given room.
         machine: Where it is.
         process: The first rank's.
-        again: When to ask it again, where it was not there.
-        left: When it was let go.
+        ask_at: When to ask it again, where it was not there.
+        released_at: When it was let go.
     """
 
     number: int
@@ -57,7 +65,7 @@ class WorkerGroup:
     actor: Any = None
     loaded: bool = False
     tasks: list[Task] = field(default_factory=list)
-    since: float | None = None
+    loaded_at: float | None = None
     busy: float = 0.0
     batches: int = 0
     images: int = 0
@@ -65,15 +73,15 @@ class WorkerGroup:
     rebuilt: int = 0
     load_seconds: float = 0.0
     start_seconds: float = 0.0
-    placed: float | None = None
+    placed_at: float | None = None
     machine: str = ""
     process: int = 0
-    again: float | None = None
-    left: float | None = None
+    ask_at: float | None = None
+    released_at: float | None = None
 
     def document(self) -> dict[str, Any]:
         """Sum the group up, in plain types."""
-        alive = 0.0 if self.since is None else (self.left or time.time()) - self.since
+        alive = 0.0 if self.loaded_at is None else (self.released_at or time.time()) - self.loaded_at
         return {
             "group": self.number,
             "machine": self.machine,
@@ -107,17 +115,17 @@ class Groups:
         self._settings = ray.put(settings)
         self._arguments = (folder, job, image_format)
         self._world = settings.parallel.world_size
-        # On an autoscaling cluster the accelerators may come only when they are asked for.
-        accelerators = settings.device == "cuda" or (settings.device == "auto" and _accelerators())
-        self._options: dict[str, float] = {"num_gpus": 1, "num_cpus": 1} if accelerators else {"num_cpus": cpus}
-        self._waited: dict[Any, Waited] = {}
-        bundle = {"GPU": 1.0, "CPU": 1.0} if accelerators else {"CPU": float(cpus)}
+        accelerators = accelerators_wanted(settings.device, bool(ray.cluster_resources().get("GPU")))
+        asked: dict[str, float] = {"num_gpus": accelerators, "num_cpus": 1} if accelerators else {"num_cpus": cpus}
+        self._options = asked
+        self._pending: dict[Any, Pending] = {}
+        bundle = {"GPU": float(accelerators), "CPU": 1.0} if accelerators else {"CPU": float(cpus)}
         self.all = [self._ask_for_room(number, bundle) for number in range(most)]
 
     def _ask_for_room(self, number: int, bundle: dict[str, float]) -> WorkerGroup:
         placed = placement_group([bundle] * self._world, strategy="PACK", name=f"xfuser-batch-{number}")
         group = WorkerGroup(number, placed)
-        self._waited[placed.ready()] = Waited(group, "room")
+        self._pending[placed.ready()] = Pending(group, "room")
         return group
 
     @property
@@ -130,24 +138,24 @@ class Groups:
         """Whether any group has a task."""
         return any(each.tasks for each in self.all)
 
-    def wait(self, seconds: float) -> list[tuple[Any, Waited]]:
-        """Wait until something is answered, at most for so long."""
+    def wait(self, seconds: float) -> list[tuple[Any, Pending]]:
+        """Wait until something is answered, at most for so long, and return what is."""
         for each in self.all:
-            if each.again is not None and time.monotonic() >= each.again:
-                each.again = None
+            if each.ask_at is not None and time.monotonic() >= each.ask_at:
+                each.ask_at = None
                 self._load(each)
-        if not self._waited:
+        if not self._pending:
             time.sleep(seconds)
             return []
-        waited = list(self._waited)
+        waited = list(self._pending)
         done, _ = ray.wait(waited, timeout=seconds)
         if done and len(waited) > 1:  # all that are there by now: a large cluster answers faster than one at a time
             done, _ = ray.wait(waited, num_returns=len(waited), timeout=0)
-        return [(reference, self._waited.pop(reference)) for reference in done]
+        return [(reference, self._pending.pop(reference)) for reference in done]
 
     def start(self, group: WorkerGroup) -> None:
         """Start the actor where there is room now."""
-        group.placed = time.time()
+        group.placed_at = time.time()
         where = [
             PlacementGroupSchedulingStrategy(group.placement, placement_group_bundle_index=index)
             for index in range(self._world)
@@ -164,38 +172,43 @@ class Groups:
     def give(self, group: WorkerGroup, task: Task, call: Callable[[Any], Any]) -> None:
         """Hand a task to a group; ``call`` makes it of the actor."""
         group.tasks.append(task)
-        self._waited[call(group.actor)] = Waited(group, "learn" if task.learns else "make", task)
+        self._pending[call(group.actor)] = Pending(group, "learn" if task.learns else "make", task)
 
-    def lost(self, group: WorkerGroup) -> list[Task]:
-        """Note that a group is gone, and have Ray build it again; the tasks that it had, the earliest first."""
+    def note_loss(self, group: WorkerGroup) -> list[Task]:
+        """Note that a group is gone, have it asked until Ray has built it anew, and return its tasks in their order."""
         tasks, group.tasks = group.tasks, []
         if group.loaded or tasks:
             group.rebuilt += 1
         group.loaded = False
         group.losses += 1
-        self._waited = {key: each for key, each in self._waited.items() if each.group is not group}
-        self.retry(group)
+        self._pending = {key: each for key, each in self._pending.items() if each.group is not group}
+        self.ask_later(group)
         return tasks
 
-    def loaded(self, group: WorkerGroup, told: dict[str, Any]) -> None:
+    def rebuild(self, group: WorkerGroup) -> list[Task]:
+        """Have Ray start a group again whose ranks cannot go on, and return its tasks in their order."""
+        ray.kill(group.actor, no_restart=False)
+        return self.note_loss(group)
+
+    def note_loaded(self, group: WorkerGroup, told: dict[str, Any]) -> None:
         """Note that a group takes tasks now."""
         now = time.time()
-        if group.since is None:
-            group.since, group.start_seconds = now, now - (group.placed or now)
+        if group.loaded_at is None:
+            group.loaded_at, group.start_seconds = now, now - (group.placed_at or now)
         group.loaded = True
         group.load_seconds, group.machine, group.process = told["seconds"], told["machine"], told["process"]
 
-    def retry(self, group: WorkerGroup) -> None:
+    def ask_later(self, group: WorkerGroup) -> None:
         """Ask a group again that was not there."""
-        group.again = time.monotonic() + PAUSE
+        group.ask_at = time.monotonic() + PAUSE
 
     def let_go(self, group: WorkerGroup) -> None:
         """Give a group's place back, which lets an autoscaling cluster shrink."""
-        if group.left is None:
-            group.left = time.time()
+        if group.released_at is None:
+            group.released_at = time.time()
             group.loaded = False
-            group.again = None
-            self._waited = {key: each for key, each in self._waited.items() if each.group is not group}
+            group.ask_at = None
+            self._pending = {key: each for key, each in self._pending.items() if each.group is not group}
             if group.actor is not None:
                 ray.kill(group.actor)
             remove_placement_group(group.placement)
@@ -206,13 +219,7 @@ class Groups:
             self.let_go(each)
 
     def _load(self, group: WorkerGroup) -> None:
-        self._waited[group.actor.load.remote(self._settings)] = Waited(group, "load")
-
-
-def cause_of(error: BaseException) -> BaseException:
-    """What a call has raised where it ran; Ray's own error where the process is gone."""
-    cause = getattr(error, "cause", None)
-    return cause if isinstance(error, ray.exceptions.RayTaskError) and isinstance(cause, BaseException) else error
+        self._pending[group.actor.load.remote(self._settings)] = Pending(group, "load")
 
 
 def is_gone(error: BaseException) -> bool:
@@ -223,10 +230,6 @@ def is_gone(error: BaseException) -> bool:
 def not_there_yet(error: BaseException) -> bool:
     """Whether a process is being started, and only has to be asked again."""
     return isinstance(error, ray.exceptions.ActorUnavailableError)
-
-
-def _accelerators() -> float:
-    return ray.cluster_resources().get("GPU", 0)
 
 
 def resources_of(groups: Sequence[WorkerGroup]) -> str:

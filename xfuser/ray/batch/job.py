@@ -11,14 +11,14 @@ from typing import Any
 from xfuser.core.distributed.shutdown import one_line
 from xfuser.ray.batch.batches import Batch, Plan
 from xfuser.ray.batch.folder import JobFolder, write_rejected
-from xfuser.ray.batch.group import Made, NoRoom, NotShared, TooLarge
-from xfuser.ray.batch.groups import AHEAD, Groups, Waited, WorkerGroup, cause_of, is_gone, not_there_yet, resources_of
+from xfuser.ray.batch.group import Made, NeedsHalves, NoRoom, NotShared, TooLarge
+from xfuser.ray.batch.groups import AHEAD, Groups, Pending, WorkerGroup, is_gone, not_there_yet, resources_of
 from xfuser.ray.batch.manifest import finished_places
 from xfuser.ray.batch.metrics import JobMetrics
 from xfuser.ray.batch.prompts import Rejected
 from xfuser.ray.batch.stopping import StopRequests
 from xfuser.ray.batch.work import Task, Work
-from xfuser.ray.cluster import ray
+from xfuser.ray.cluster import cause_of, ray
 from xfuser.ray.rank import EngineSettings
 
 TICK = 0.2  # seconds between two looks at signals and the clock
@@ -118,6 +118,7 @@ class Job:
         self._todo = [each for each in plan.batches() if not all(self._done[place] for place in each.members)]
         self.state = State(len(plan), sum(self._done), rejected=len(rejected))
         self._fatal: Exception | None = None
+        self._halved: set[int] = set()
         self._too_large: dict[int, str] = {}
         self.groups: list[dict[str, Any]] = []
 
@@ -168,8 +169,8 @@ class Job:
                 self._hand_out()
                 self._check_enough()
             answers = self._groups.wait(TICK)
-            for reference, waited in answers:
-                self._answer(reference, waited)
+            for reference, pending in answers:
+                self._answer(reference, pending)
             self._tell()
             if answers:  # rounds in which nothing comes cost nobody anything
                 self.state.driver_seconds += time.thread_time() - began
@@ -208,12 +209,14 @@ class Job:
         self._groups.give(
             group,
             task,
-            lambda actor: actor.make.remote(batch.number, batch.members, requests, task.attempt, learned),
+            lambda actor: actor.make.remote(
+                batch.number, batch.members, requests, task.attempt, learned, batch.kind in self._halved
+            ),
         )
 
     def _check_enough(self) -> None:
         """Stop where fewer groups are there than have to be, for too long."""
-        if len([each for each in self._groups.all if each.loaded or each.left]) >= min(
+        if len([each for each in self._groups.all if each.loaded or each.released_at]) >= min(
             self._limits.fewest, len(self._groups.all)
         ):
             self._short_since = time.monotonic()
@@ -225,19 +228,21 @@ class Job:
 
     # -- answers ------------------------------------------------------------------------------------------------------
 
-    def _answer(self, reference: Any, waited: Waited) -> None:
-        group, task = waited.group, waited.task
+    def _answer(self, reference: Any, pending: Pending) -> None:
+        group, task = pending.group, pending.task
+        if task is not None and task not in group.tasks:
+            return  # the group was given up by an answer that came with this one
         try:
             result = ray.get(reference)
         except (ray.exceptions.RayError, ValueError, RuntimeError, OSError) as error:
-            self._failed(group, waited, error)
+            self._failed(group, pending, error)
             return
-        if waited.what == "room":
+        if pending.what == "room":
             self._groups.start(group)
             return
         group.losses = 0
-        if waited.what == "load":
-            self._groups.loaded(group, result)
+        if pending.what == "load":
+            self._groups.note_loaded(group, result)
             return
         assert task is not None
         group.tasks.remove(task)
@@ -267,20 +272,20 @@ class Job:
             state.batch_seconds.append(made.seconds)
             state.write_seconds.append(made.writing)
 
-    def _failed(self, group: WorkerGroup, waited: Waited, error: BaseException) -> None:
+    def _failed(self, group: WorkerGroup, pending: Pending, error: BaseException) -> None:
         cause = cause_of(error)
         if is_gone(error):
-            if waited.what == "load" and not_there_yet(error):
-                self._groups.retry(group)
+            if pending.what == "load" and not_there_yet(error):
+                self._groups.ask_later(group)
                 return
             self._lose(group, cause)
             return
-        task = waited.task
+        task = pending.task
         if isinstance(cause, NoRoom):
             self._fatal = Stopped(f"{cause.strerror}; make room, and run the same command again")
         elif (
             isinstance(cause, NotShared)
-            or waited.what in ("load", "learn")
+            or pending.what in ("load", "learn")
             and isinstance(cause, (ValueError, TypeError))
         ):
             self._fatal = ValueError(one_line(cause))
@@ -288,7 +293,13 @@ class Job:
             self._fatal = Stopped(f"group {group.number} cannot load: {one_line(cause)}")
         else:
             group.tasks.remove(task)
-            if isinstance(cause, TooLarge) and not task.alone:
+            if isinstance(cause, (MemoryError, TooLarge)) and self.settings.parallel.world_size > 1:
+                for behind in reversed(self._groups.rebuild(group)):
+                    self._work.hand_back(behind)
+            if isinstance(cause, NeedsHalves):
+                self._halved.add(task.batch.kind)
+                self._work.hand_back(task)
+            elif isinstance(cause, TooLarge) and not task.alone:
                 self._too_large[task.batch.kind] = one_line(cause)
                 self._work.done(task)
                 self._reject(task.batch, task.batch.members, one_line(cause), task.attempt)
@@ -297,7 +308,7 @@ class Job:
 
     def _lose(self, group: WorkerGroup, cause: BaseException) -> None:
         """Have a group built again. Only what it was at is blamed; what waited behind that was not tried."""
-        tasks = self._groups.lost(group)
+        tasks = self._groups.note_loss(group)
         reason = f"the group was lost ({one_line(cause)})"
         for task in tasks[:1]:
             self._try_again(task, reason)
@@ -305,7 +316,7 @@ class Job:
             self._work.hand_back(task)
         if not tasks and group.losses > self._limits.max_attempts:
             self._groups.let_go(group)
-            if all(each.left for each in self._groups.all):
+            if all(each.released_at for each in self._groups.all):
                 self._fatal = Stopped(f"no group can be kept alive: {reason}")
 
     def _try_again(self, task: Task, reason: str) -> None:
@@ -333,6 +344,6 @@ class Job:
 
 
 def cpu_seconds() -> float:
-    """What this process has taken of a processor."""
+    """Read how many seconds of a processor this process has taken."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime

@@ -45,7 +45,7 @@ class Work:
         self.retries = 0
 
     def next(self) -> Task | None:
-        """Take a task; ``None`` where nothing can be begun now."""
+        """Hand out a task; ``None`` where nothing can be begun now."""
         while True:
             task = self._again.popleft() if self._again else self._fresh()
             if task is None:
@@ -75,7 +75,7 @@ class Work:
         self._again.appendleft(task)
 
     def failed(self, task: Task) -> tuple[int, ...]:
-        """Note that a try has failed; the requests that are given up with it."""
+        """Note that a try has failed, and return the requests that are given up with it."""
         self.given_out -= 1
         if task.attempt < self._max * (2 if task.alone else 1):
             self.retries += 1
