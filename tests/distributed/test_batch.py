@@ -56,7 +56,7 @@ def jobs(cluster: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> P
         return {"arguments": [str(each) for each in arguments], "folder": str(folder / name)} | disturbed
 
     commands = [
-        batch("two", *goal, "--groups", 2, kill=cluster["raylets"]),
+        batch("two", *goal, "--groups", 2, kill=cluster["raylets"], metrics=cluster["metrics"]),
         batch("one", *goal, "--groups", "1,2", "--ulysses_degree", 2, prompts="bad"),
     ]
     listed = folder / "commands.json"
@@ -138,6 +138,20 @@ def test_bad_lines_are_told_and_the_others_made(jobs: Path) -> None:
     rejected = [json.loads(line) for line in (jobs / "one" / "rejected.jsonl").read_text().splitlines()]
     assert [each["line"] for each in rejected] == [7, 8, 9, 10] and {each["file"] for each in rejected} == {"bad.jsonl"}
     assert "4 rejected" in second["err"] and "bad.jsonl, line 7" in second["err"]
+
+
+def test_rays_endpoint_tells_of_the_job_while_it_runs(jobs: Path) -> None:
+    """Under the names that the documentation has, with what Prometheus' own naming adds."""
+    pytest.importorskip("prometheus_client")  # of ray[default], which xfuser[ray] has: without it there is no endpoint
+    seen = ended(jobs, "commands")[0]["seen"]
+    by_group = [f"ray_xfuser_batch_{name} {{}}" for name in ("images_total", "evaluated_share", "generate_seconds_sum")]
+    images, share, seconds = ({seen[each.format(n)] for n in "01" if each.format(n) in seen} for each in by_group)
+    assert images and images <= {4.0, 8.0, 12.0}
+    assert share == {0.5}
+    assert seconds and all(0 < each < 300 for each in seconds)
+    assert seen["ray_xfuser_batch_groups_alive"] in (1, 2)
+    assert seen["ray_xfuser_batch_images_left"] in (0, 4, 8, 12)
+    assert any(name.startswith("ray_xfuser_batch_write_seconds_bucket") for name in seen)
 
 
 def test_the_report_is_there(jobs: Path) -> None:
