@@ -41,6 +41,48 @@ def test_fresh_keys_are_put_among_the_remembered_ones(text_first: bool) -> None:
     assert memory.holds(range(3, 4)) and not memory.holds(range(3, 5))
 
 
+def held(memory: KeyValueMemory, module: int) -> list[float]:
+    """The values that a patch of no tokens finds."""
+    return memory.update_spans(module, [], torch.empty(1, 1, 0, 1), torch.empty(1, 1, 0, 1))[1].flatten().tolist()
+
+
+def test_remembered_ones_are_drawn_on_to_the_step_that_reads_them() -> None:
+    """Two tokens at 1 and 5 in step 2, at 2 and 3 in step 4: in step 5 they would be at 2.5 and 2."""
+    memory = KeyValueMemory()
+    for step, values in ((2, [1.0, 5.0]), (4, [2.0, 3.0])):
+        memory.begin_step(step, extrapolate=False)
+        memory.keep(0, torch.zeros(1, 1, 2, 1), torch.tensor(values).reshape(1, 1, 2, 1))
+    memory.begin_step(5, extrapolate=True)
+    assert held(memory, 0) == [2.5, 2.0]
+    # What the step then keeps is what it computed, and not what was drawn on.
+    fresh = torch.tensor([7.0, 9.0]).reshape(1, 1, 2, 1)
+    memory.update_spans(0, [slice(0, 2)], fresh, fresh)
+    memory.begin_step(6, extrapolate=True)
+    assert held(memory, 0) == [12.0, 15.0]
+
+
+def test_a_module_that_was_not_evaluated_keeps_its_own() -> None:
+    memory = KeyValueMemory()
+    for step, value in ((0, 1.0), (1, 2.0)):
+        memory.begin_step(step, extrapolate=False)
+        memory.keep(0, torch.full((1, 1, 1, 1), value), torch.full((1, 1, 1, 1), value))
+    memory.begin_step(2, extrapolate=True)
+    memory.begin_step(3, extrapolate=True)
+    assert held(memory, 0) == [2.0]
+
+
+def test_what_is_cleared_is_not_drawn_on() -> None:
+    memory = KeyValueMemory()
+    memory.begin_step(0, extrapolate=False)
+    memory.keep(0, torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1))
+    memory.begin_step(1, extrapolate=False)
+    memory.clear()
+    assert list(memory.tensors()) == []
+    memory.begin_step(0, extrapolate=True)
+    memory.keep(0, torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1))
+    assert held(memory, 0) == [1.0]
+
+
 # -- attention by hand ---------------------------------------------------------------------------------------------
 
 

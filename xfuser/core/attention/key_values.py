@@ -8,13 +8,42 @@ import torch
 
 
 class KeyValueMemory:
-    """Keys and values [B, heads, S, d] of every declared attention module, by its number."""
+    """Keys and values [B, heads, S, d] of every declared attention module, by its number.
+
+    Where steps are announced (`begin_step`), those of the step before the newest one are held as well.
+    """
 
     def __init__(self) -> None:
         self._held: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._kept_at: dict[int, int] = {}
+        self._before_at: dict[int, int] = {}
+        self._step = 0
 
     def clear(self) -> None:
-        self._held.clear()
+        for each in (self._held, self._before, self._kept_at, self._before_at):
+            each.clear()
+
+    def begin_step(self, step: int, extrapolate: bool) -> None:
+        """Make room for a step's keys and values, and draw the remembered ones on to it.
+
+        Args:
+            step: Its number.
+            extrapolate: Whether what is remembered will be read: it is then moved to this step along the straight line
+                through the newest two steps that were kept, as the trajectory's forecasts are.
+        """
+        for module, newest in self._held.items():
+            at, before_at = self._kept_at[module], self._before_at.get(module)
+            if before_at == at:  # not evaluated since the last announcement: what is held now is what was drawn on then
+                self._held[module] = tuple(each.clone() for each in self._before[module])
+                continue
+            before = self._before.get(module, newest)
+            reach = 0.0
+            if extrapolate and before_at is not None and before[0].shape == newest[0].shape:
+                reach = (step - at) / (at - before_at)
+            self._held[module] = tuple(torch.lerp(*pair, 1 + reach) for pair in zip(before, newest, strict=True))
+            self._before[module], self._before_at[module] = newest, at
+        self._step = step
 
     def holds(self, modules: range) -> bool:
         return all(module in self._held for module in modules)
@@ -24,6 +53,7 @@ class KeyValueMemory:
 
     def keep(self, module: int, key: torch.Tensor, value: torch.Tensor) -> None:
         self._held[module] = (key.detach(), value.detach())
+        self._kept_at[module] = self._step
 
     def keep_rows(self, module: int, batch: int, rows: slice | None, key: torch.Tensor, value: torch.Tensor) -> None:
         """Keep what belongs to some images of a batch of this size."""
@@ -35,6 +65,7 @@ class KeyValueMemory:
             held = self._held[module] = (key.new_empty(batch, *key.shape[1:]), value.new_empty(batch, *value.shape[1:]))
         for whole, fresh in zip(held, (key, value), strict=True):
             whole[rows] = fresh
+        self._kept_at[module] = self._step
 
     def update(
         self, module: int, places: torch.Tensor, offset: int, others: slice, key: torch.Tensor, value: torch.Tensor
@@ -45,6 +76,7 @@ class KeyValueMemory:
         in ``others`` (text, if any) come along whole.
         """
         remembered = self._held[module]
+        self._kept_at[module] = self._step
         for whole, fresh in zip(remembered, (key, value), strict=True):
             count = places.shape[1]
             chosen = fresh[:, :, offset : offset + count]
@@ -60,6 +92,7 @@ class KeyValueMemory:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Put fresh keys and values, which stand one span after the other, at their spans of the remembered ones."""
         remembered = self._held[module]
+        self._kept_at[module] = self._step
         for whole, fresh in zip(remembered, (key, value), strict=True):
             begin = 0
             for span in spans:
@@ -69,5 +102,5 @@ class KeyValueMemory:
         return remembered
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        for pair in self._held.values():
+        for pair in (*self._held.values(), *self._before.values()):
             yield from pair

@@ -86,6 +86,8 @@ class StageRunner(BlockRunner):
                 return call.streams
             return predict(active.plan.at(stack.first), inputs, active.branch.memory, active.branch.maps)
         seen = self._views(active)
+        if self.partition.may_displace:
+            active.branch.keys.begin_step(active.call.step, extrapolate=not seen[0].takes_all_tokens)
         boundaries: defaultdict[int, list[Streams]] = defaultdict(list)
         for view in seen:
             streams = view.take(inputs) if stage.is_first else stage.receive(view, inputs)
