@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from safetensors import safe_open
 
 from benchmark.measure import DEFAULT_PROMPTS, Sampling
 from benchmark.rows import base_names, lacks_calibration
@@ -13,6 +18,7 @@ from xfuser.config.cache import FIRST
 from xfuser.core.distributed.environment import describe_environment
 from xfuser.model_executor.pipelines import MODEL_TYPES, LoadedPipeline
 from xfuser.model_executor.pipelines.loading import shipped_tiny_dit
+from xfuser.model_executor.pipelines.shipped import shared_parts, shipped_models
 
 PROMPT_ONLY = ("prompt", "height", "width")
 
@@ -29,6 +35,24 @@ def add_evaluation_arguments(group: Any, output: str) -> None:
         "evaluation folder, else the shipped one for tiny-dit)",
     )
     group.add_argument("--output_dir", type=Path, default=Path(output), help="default: %(default)s")
+
+
+def captions_of(model_type: str) -> list[str]:
+    """List the captions that a shipped model was trained on: its matcher's, or that of the model whose parts it has."""
+    folder = shipped_models().get(model_type)
+    owners = [] if folder is None else [folder, *(part.parent for part in shared_parts(folder).values())]
+    for owner in owners:
+        path = owner / "evaluation" / "matcher.safetensors"
+        if path.is_file():
+            with safe_open(path, framework="pt") as opened:
+                return sorted(json.loads(opened.metadata()["captions"]))
+    return []
+
+
+def spread(captions: Sequence[str], count: int) -> tuple[str, ...]:
+    """Choose so many of the captions, at even distances."""
+    places = np.linspace(0, len(captions) - 1, min(count, len(captions))).round().astype(int)
+    return tuple(captions[place] for place in places)
 
 
 def bases_of(args: argparse.Namespace, threshold: float | None) -> dict[str, dict[str, Any]]:

@@ -1,15 +1,21 @@
-"""Judge calibrations of tiny-dit's trajectory on images that none of them was learned from, pair by pair.
+"""Judge calibrations of a shipped model's trajectory on images that none of them was learned from, pair by pair.
 
     python benchmark/compare_calibrations.py OLD.safetensors NEW.safetensors --budgets .38 .30 .23 --threads 1
 
 All files have to be of one scheduler and number of steps, which are taken from them. Each is given every budget; the
 cost is counted on the blocks. Differences are to the first file, image by image. Result: compare_calibrations.json.
+
+    python benchmark/compare_calibrations.py FILE.safetensors --model tiny-flux --opponents
+
+adds, at as many whole evaluations, fewer steps of the same scheduler and straight lines through the denoiser's outputs
+at evenly spaced steps.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +24,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -26,17 +33,19 @@ from xfuser.core.console import check_output_folder, quiet_libraries  # noqa: E4
 
 quiet_libraries()
 
-from benchmark.measure import Sampling, conditions_of  # noqa: E402
-from benchmark.peer_tools import BlockCounter  # noqa: E402
+from benchmark.common import captions_of, spread  # noqa: E402
+from benchmark.measure import DEFAULT_PROMPTS, Sampling, conditions_of  # noqa: E402
+from benchmark.peer_tools import BlockCounter, Polynomial, StepCache, evenly  # noqa: E402
 from evaluation.metrics import difference_interval, mean_interval, psnr, worst_tenth  # noqa: E402
 from xfuser.config.arguments import positive  # noqa: E402
 from xfuser.core.distributed.environment import describe_environment  # noqa: E402
 from xfuser.core.files import write_json  # noqa: E402
+from xfuser.model_executor.adapters import denoisers_of, spec_of  # noqa: E402
 from xfuser.model_executor.cache.adacorrection.trajectory import attach_trajectory  # noqa: E402
 from xfuser.model_executor.cache.adacorrection.trajectory.calibration import Calibration  # noqa: E402
 from xfuser.model_executor.pipelines import LoadedPipeline, load_pipeline  # noqa: E402
+from xfuser.model_executor.pipelines.shipped import shipped_models  # noqa: E402
 
-MODEL = "tiny-dit"
 RESULTS = "compare_calibrations.json"
 SETTINGS = ("num_images", "batch_size", "num_inference_steps", "guidance_scale", "seed")
 # What a scheduler of this class is set to beside the model's own configuration.
@@ -61,9 +70,9 @@ def check(files: Sequence[Path], num_images: int, seed: int) -> list[Calibration
     return known
 
 
-def load_for(calibration: Calibration) -> LoadedPipeline:
-    """Load the model with the calibration's scheduler."""
-    loaded = load_pipeline(MODEL)
+def load_for(calibration: Calibration, model: str = "tiny-dit") -> LoadedPipeline:
+    """Load a model with the calibration's scheduler."""
+    loaded = load_pipeline(model)
     name = calibration.fingerprint["scheduler"]["class"]
     config = loaded.pipeline.scheduler.config
     loaded.pipeline.scheduler = getattr(diffusers, name).from_config(config, **OPTIONS.get(name, {}))
@@ -76,6 +85,7 @@ def judge(
     budgets: Sequence[float],
     sampling: Sampling,
     done: Callable[[dict[str, Any]], None] = lambda row: None,
+    opponents: bool = False,
 ) -> list[dict[str, Any]]:
     """Generate all images without a cache, and under every file and budget.
 
@@ -85,11 +95,13 @@ def judge(
         budgets: Shares of the denoiser's evaluations.
         sampling: The images.
         done: Called with every row, as it is finished.
+        opponents: Whether fewer steps and evenly spaced straight lines are judged too.
 
     Returns:
-        A row for every budget and file, in this order.
+        A row for every budget and file, in this order; then a budget's opponents.
     """
-    counter = BlockCounter.of_blocks(loaded.pipeline.transformer)
+    (denoiser,) = denoisers_of(loaded.pipeline)
+    counter = BlockCounter((block, 1.0) for block in spec_of(denoiser).blocks(denoiser))
     uncached = _images(loaded, sampling)
     work = counter.take()
     rows: list[dict[str, Any]] = []
@@ -102,19 +114,40 @@ def judge(
             finally:
                 engine.remove()
             first = near if first is None else first
-            row = {
-                "budget": budget,
-                "calibration": path.name if len({each.name for each in files}) == len(files) else str(path),
-                "cost": counter.take() / work,
-                "psnr": mean_interval(near).to_dict(),
-                "psnr_worst_tenth": worst_tenth(near),
-                "psnr_difference": difference_interval(near, first).to_dict(),
-                "images": near.tolist(),
-            }
-            done(row)
-            rows.append(row)
+            name = path.name if len({each.name for each in files}) == len(files) else str(path)
+            rows.append(_row(budget, name, counter.take() / work, near, first))
+            done(rows[-1])
+        if opponents and first is not None:
+            for name, images in _opponents(loaded, sampling, denoiser, int(budget * sampling.num_inference_steps)):
+                rows.append(_row(budget, name, counter.take() / work, psnr(images, uncached), first))
+                done(rows[-1])
     counter.undo()
     return rows
+
+
+def _row(budget: float, name: str, cost: float, near: np.ndarray, first: np.ndarray) -> dict[str, Any]:
+    return {
+        "budget": budget,
+        "calibration": name,
+        "cost": cost,
+        "psnr": mean_interval(near).to_dict(),
+        "psnr_worst_tenth": worst_tenth(near),
+        "psnr_difference": difference_interval(near, first).to_dict(),
+        "images": near.tolist(),
+    }
+
+
+def _opponents(
+    loaded: LoadedPipeline, sampling: Sampling, denoiser: nn.Module, evaluations: int
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Make the images of what anyone can do without a calibration, with so many evaluations."""
+    yield f"{evaluations} steps", _images(loaded, replace(sampling, num_inference_steps=evaluations))
+    steps = sampling.num_inference_steps
+    StepCache(denoiser, steps, evenly(evaluations, steps), Polynomial(1))
+    try:
+        yield f"order 1 at {evaluations} even steps", _images(loaded, sampling)
+    finally:
+        del denoiser.forward  # its class's own again
 
 
 def table_of(rows: Sequence[dict[str, Any]]) -> Table:
@@ -149,11 +182,13 @@ def _images(loaded: LoadedPipeline, sampling: Sampling) -> np.ndarray:
 def main() -> None:
     parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="calibrations of the trajectory")
+    parser.add_argument("--model", choices=sorted(shipped_models()), default="tiny-dit", help="default: %(default)s")
+    parser.add_argument("--opponents", action="store_true", help="judge fewer steps and evenly spaced forecasts too")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.38, 0.3, 0.23], help="default: .38 .3 .23")
     parser.add_argument("--num_images", type=positive, default=256, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=500_000, help="of the first image (default: %(default)s)")
     parser.add_argument("--batch_size", type=positive, default=16, help="default: %(default)s")
-    parser.add_argument("--guidance_scale", type=float, default=1.5, help="default: %(default)s")
+    parser.add_argument("--guidance_scale", type=float, help="default: the model's own")
     parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's own choice)")
     parser.add_argument("--output_dir", type=Path, default=Path("compare_calibrations"), help="default: %(default)s")
     args = parser.parse_args()
@@ -165,8 +200,10 @@ def main() -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     if args.threads:
         torch.set_num_threads(args.threads)
-    loaded = load_for(known[0])
-    sampling = Sampling(args.num_images, args.batch_size, known[0].steps, args.guidance_scale, args.seed)
+    loaded = load_for(known[0], args.model)
+    guidance = loaded.spec.guidance_scale if args.guidance_scale is None else args.guidance_scale
+    prompts = spread(captions_of(args.model), args.num_images) or DEFAULT_PROMPTS
+    sampling = Sampling(args.num_images, args.batch_size, known[0].steps, guidance, args.seed, prompts)
     # The table has its own width: piped into a file it would be cut at 80 columns otherwise.
     console = Console() if sys.stdout.isatty() else Console(width=140)
 
@@ -174,11 +211,11 @@ def main() -> None:
         line = f"{row['budget']:.2f} {row['calibration']}: {row['psnr']['value']:.2f} dB"
         Console(stderr=True).print(line, markup=False, highlight=False)
 
-    rows = judge(loaded, args.files, args.budgets, sampling, tell)
+    rows = judge(loaded, args.files, args.budgets, sampling, tell, args.opponents)
     document = {
         "schema": 1,
         "environment": describe_environment(loaded.pipeline.device),
-        "settings": {name: getattr(sampling, name) for name in SETTINGS} | {"model": MODEL},
+        "settings": {name: getattr(sampling, name) for name in SETTINGS} | {"model": args.model},
         "results": rows,
     }
     write_json(args.output_dir / RESULTS, document)

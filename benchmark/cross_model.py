@@ -17,12 +17,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -31,7 +29,7 @@ from xfuser.core.console import check_output_folder, quiet_libraries  # noqa: E4
 quiet_libraries()
 
 from benchmark import cache_execute  # noqa: E402
-from benchmark.common import bases_of, describe_run, evaluation_folder, sampling_of  # noqa: E402
+from benchmark.common import bases_of, captions_of, describe_run, evaluation_folder, sampling_of, spread  # noqa: E402
 from benchmark.judge import Judge  # noqa: E402
 from benchmark.measure import measure  # noqa: E402
 from benchmark.outcomes import failures  # noqa: E402
@@ -44,8 +42,6 @@ from xfuser.core.files import write_json, write_text  # noqa: E402
 from xfuser.model_executor.pipelines import MODEL_TYPES, load_pipeline  # noqa: E402
 from xfuser.model_executor.pipelines.choosing import resolve_model  # noqa: E402
 from xfuser.model_executor.pipelines.shipped import (  # noqa: E402
-    own_model,
-    shared_parts,
     shipped_models,
     shipped_trajectory,
 )
@@ -79,22 +75,10 @@ def command_of(args: argparse.Namespace, model: str) -> argparse.Namespace:
             given += [f"--{name}", str(getattr(args, name))]
     command = cache_execute.parser().parse_args(given)
     resolve_model(command)
-    captions = captions_of(Path(own_model(command.model_type) or ""))
+    captions = captions_of(command.model_type)
     if captions:
-        places = np.linspace(0, len(captions) - 1, min(args.num_images, len(captions))).round().astype(int)
-        command.prompt = [captions[place] for place in places]
+        command.prompt = list(spread(captions, args.num_images))
     return command
-
-
-def captions_of(folder: Path) -> list[str]:
-    """The captions that a model was trained on, from its matcher, or that of the model whose parts it has."""
-    owners = [folder, *(part.parent for part in shared_parts(folder).values())]
-    for owner in owners:
-        path = owner / "evaluation" / "matcher.safetensors"
-        if path.is_file():
-            with safe_open(path, framework="pt") as opened:
-                return sorted(json.loads(opened.metadata()["captions"]))
-    return []
 
 
 def methods_of(command: argparse.Namespace) -> list[str]:

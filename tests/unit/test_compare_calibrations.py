@@ -9,7 +9,7 @@ import pytest
 
 from benchmark.compare_calibrations import check, judge, load_for, table_of
 from benchmark.measure import Sampling
-from scripts.calibrate_tiny_dit import take_timing
+from scripts.calibrate_shipped import take_timing
 from xfuser.model_executor.cache.adacorrection.trajectory.calibration import Calibration
 from xfuser.model_executor.pipelines.loading import shipped_tiny_dit
 
@@ -34,6 +34,18 @@ def test_a_copy_differs_by_nothing_and_costs_no_more_than_was_asked(tmp_path: Pa
         assert original["budget"] - 0.1 < copied["cost"] <= original["budget"] + 1e-9
     assert rows[0]["psnr"]["value"] > rows[2]["psnr"]["value"] > 30
     assert table_of(rows).row_count == 4
+
+
+def test_what_needs_no_calibration_is_judged_beside_it() -> None:
+    files = [SHIPPED / "ddim-20.safetensors"]
+    loaded = load_for(check(files, 2, 7)[0])
+    loaded.pipeline.set_progress_bar_config(disable=True)
+    own, fewer, line = judge(loaded, files, [0.3], Sampling(2, 2, 20, 1.5, 7), opponents=True)
+    assert (fewer["calibration"], line["calibration"]) == ("6 steps", "order 1 at 6 even steps")
+    assert fewer["cost"] == line["cost"] == pytest.approx(0.3)
+    assert own["psnr"]["value"] > max(fewer["psnr"]["value"], line["psnr"]["value"])
+    assert fewer["images"] != line["images"]
+    assert "forward" not in vars(loaded.pipeline.transformer)
 
 
 def test_a_file_of_another_scheduler_brings_its_scheduler() -> None:
