@@ -22,7 +22,6 @@ PROMPTS = ("a red cube", "two birds", "an old map")
 DEGREES = {"ulysses": ("--ulysses_degree", "2"), "data": ("--data-parallel-degree", "2")}
 CACHES = {
     "none": (),
-    "tea": ("--use_teacache",),
     "tea corrected": ("--use_teacache", "--enable_adacorrection", "--adacorr_budget", "0.5"),
 }
 FAMILIES = ("flux", "pixart")
