@@ -50,9 +50,14 @@ from tiny_flux_text import report_matcher, train_matcher, train_text, unit  # no
 from tiny_judging import judge  # noqa: E402
 
 from evaluation.metrics.matcher import ImageTextMatcher  # noqa: E402
-from xfuser.core.files import replacing  # noqa: E402
+from xfuser.core.files import replacing, write_text  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
+CREDITS = """# tiny-flux
+
+A small `FluxPipeline`, made by `scripts/train_tiny_flux.py`. It was trained on emoji in the styles of Noto Emoji
+(Apache-2.0) and of Twemoji (CC-BY 4.0, Twitter, Inc and other contributors), described by their Unicode names.
+"""
 FLOWS = ("coarse", "transformer", "guide")
 STAGES = ("autoencoder", "text", "matcher", *FLOWS, "export", "judge")
 
@@ -202,6 +207,7 @@ def export(
         transformer=transformer.half(),
     )
     pipeline.save_pretrained(args.output, safe_serialization=True)
+    write_text(args.output / "README.md", CREDITS)
     (args.output / "evaluation").mkdir(exist_ok=True)
     with replacing(args.output / "evaluation" / "matcher.safetensors") as temporary:
         matcher.save(temporary)
