@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
+Pair = tuple[torch.Tensor, torch.Tensor]
+
 
 class KeyValueMemory:
     """Keys and values [B, heads, S, d] of every declared attention module, by its number.
@@ -14,8 +16,8 @@ class KeyValueMemory:
     """
 
     def __init__(self) -> None:
-        self._held: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._held: dict[int, Pair] = {}
+        self._before: dict[int, Pair] = {}
         self._kept_at: dict[int, int] = {}
         self._before_at: dict[int, int] = {}
         self._step = 0
@@ -30,19 +32,17 @@ class KeyValueMemory:
         Args:
             step: Its number.
             extrapolate: Whether what is remembered will be read: it is then moved to this step along the straight line
-                through the newest two steps that were kept, as the trajectory's forecasts are.
+                through the newest two steps that were kept, as the trajectory's forecasts are. Otherwise the step has
+                to keep all of its own.
         """
-        for module, newest in self._held.items():
-            at, before_at = self._kept_at[module], self._before_at.get(module)
-            if before_at == at:  # not evaluated since the last announcement: what is held now is what was drawn on then
-                self._held[module] = tuple(each.clone() for each in self._before[module])
-                continue
-            before = self._before.get(module, newest)
-            reach = 0.0
-            if extrapolate and before_at is not None and before[0].shape == newest[0].shape:
-                reach = (step - at) / (at - before_at)
-            self._held[module] = tuple(torch.lerp(*pair, 1 + reach) for pair in zip(before, newest, strict=True))
-            self._before[module], self._before_at[module] = newest, at
+        for module, at in self._kept_at.items():
+            before, before_at = self._before.get(module), self._before_at.get(module)
+            if before_at != at:  # evaluated since the last announcement; what is held otherwise was drawn on then
+                self._before[module], self._before_at[module] = self._held[module], at
+            self._held.pop(module, None)
+            if extrapolate:
+                reach = 0.0 if before_at is None or before_at == at else (step - at) / (at - before_at)
+                self._held[module] = _drawn_on(before, self._before[module], reach)
         self._step = step
 
     def holds(self, modules: range) -> bool:
@@ -104,3 +104,11 @@ class KeyValueMemory:
     def tensors(self) -> Iterator[torch.Tensor]:
         for pair in (*self._held.values(), *self._before.values()):
             yield from pair
+
+
+def _drawn_on(before: Pair | None, newest: Pair, reach: float) -> Pair:
+    """Go on from the newest ones by so many times their distance to those before; a copy where there are none."""
+    if before is None or before[0].shape != newest[0].shape:
+        before = newest
+    key, value = (torch.lerp(*pair, 1 + reach) for pair in zip(before, newest, strict=True))
+    return key, value
