@@ -47,18 +47,20 @@ def number(
     metavar: str | None = None,
 ) -> Any:
     """Declare a number from ``low`` or strictly ``above`` a limit; ``None`` is allowed where it is the default."""
-    upper = "" if high == math.inf else f" and at most {high:g}"
-    if above is not None:
-        limits = f"above {above:g}{upper}"
+    exclusive, least = above is not None, low if above is None else above
+    if exclusive:
+        allowed = f"above {least:g}" + ("" if high == math.inf else f" and at most {high:g}")
+        expected = f"a number {allowed}"
+    elif high == math.inf:
+        allowed, expected = f"{least:g} or more", f"a number, at least {least:g}"
     else:
-        limits = f", at least {low:g}" if not upper else f", between {low:g} and {high:g}"
+        allowed, expected = f"{least:g} to {high:g}", f"a number, between {least:g} and {high:g}"
 
     def check(name: str, value: Any) -> None:
         plain = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not plain or not (low if above is None else above) <= value <= high or value in (above, math.inf):
-            raise ValueError(f"{name}={value!r}: expected a number{'' if limits[0] == ',' else ' '}{limits}")
+        if not plain or not least <= value <= high or math.isinf(value) or (exclusive and value == least):
+            raise ValueError(f"{name}={value!r}: expected {expected}")
 
-    allowed = limits if above is not None else (f"{low:g} or more" if not upper else f"{low:g} to {high:g}")
     argument = {"type": float} if metavar is None else {"type": float, "metavar": metavar}
     return _field(default, Setting(text, check, otherwise, readers, argument, allowed))
 

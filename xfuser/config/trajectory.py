@@ -22,6 +22,10 @@ def refinement(reference: str | None) -> int:
     return int(text)
 
 
+def _check_reference(name: str, value: Any) -> None:
+    refinement(value)
+
+
 @dataclass(frozen=True)
 class TrajectoryConfig:
     """Settings of AdaCorrection on the trajectory, of which exactly one of the first three is named.
@@ -31,14 +35,18 @@ class TrajectoryConfig:
     """
 
     target_speedup: float | None = number(
-        None, "how many times faster the denoising loop is to be, wall clock", above=1, otherwise="–", metavar="X"
+        None,
+        "how many times faster the denoising loop is to be, wall clock, above 1 (start here)",
+        above=1,
+        otherwise="none",
+        metavar="X",
     )
     min_psnr: float | None = number(
         None,
         "how near the decoded image stays to the uncached one, in dB: the fewest evaluations that are predicted to",
         high=200,
         above=0,
-        otherwise="–",
+        otherwise="none",
         metavar="DB",
     )
     adacorr_budget: float | None = number(
@@ -46,7 +54,7 @@ class TrajectoryConfig:
         "the share of the denoiser's evaluations; a conditional branch of guidance alone counts half",
         high=1,
         above=0,
-        otherwise="–",
+        otherwise="none",
     )
     calibration: str | PathLike[str] = path(
         "'auto': a stored one that fits, else learn from the first generation and store it; 'first': learn from it, "
@@ -57,7 +65,7 @@ class TrajectoryConfig:
     calibration_images: int = count(1, "generations are evaluated in full until so many images are known")
     calibration_reference: str | None = word(
         "learn from a run on a grid of so many times the steps, which is nearer to what the model means",
-        lambda name, value: refinement(value) and None,
+        _check_reference,
         otherwise="none",
         allowed="`2x` to `16x`",
     )

@@ -142,7 +142,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def free_memory() -> None:
     """Give back what an accelerator's allocator keeps."""
-    torch.accelerator.empty_cache() if torch.accelerator.is_available() else None
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
 
 
 def synchronize(device: torch.device) -> None:
