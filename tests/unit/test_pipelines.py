@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ import pytest
 import torch
 from accelerate.hooks import CpuOffload, add_hook_to_module
 from pipeline_zoo import ZOO, Case
+from written_tables import assert_written
 
 from xfuser import apply_cache_on_pipeline
 from xfuser.model_executor.cache.adacorrection.trajectory.following import denoiser_names
@@ -166,12 +166,7 @@ def _interrupt(case: Case, pipeline: Any) -> None:
 
 def test_the_docs_list_what_passes() -> None:
     assert len({case.name for case in ZOO.values()}) >= 30
-    text = TABLE.read_text(encoding="utf-8")
-    written = text.partition(BEGIN)[0] + BEGIN + "\n" + table() + END + END.join(text.split(END)[1:])
-    if os.environ.get("XFUSER_WRITE_DOCS"):
-        TABLE.write_text(written, encoding="utf-8")
-        text = written
-    assert text == written, "run this test with XFUSER_WRITE_DOCS=1 to write docs/pipelines.md anew"
+    assert_written(TABLE, BEGIN, table(), END)
 
 
 def table() -> str:

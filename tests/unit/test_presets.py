@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from written_tables import assert_written
 
 from benchmark import cache_execute
 from benchmark.judge import closeness
@@ -202,12 +202,7 @@ def table() -> str:
 
 
 def test_the_docs_list_the_presets() -> None:
-    text = TABLE.read_text(encoding="utf-8")
-    written = text.partition(BEGIN)[0] + BEGIN + "\n" + table() + END + END.join(text.split(END)[1:])
-    if os.environ.get("XFUSER_WRITE_DOCS"):
-        TABLE.write_text(written, encoding="utf-8")
-        text = written
-    assert text == written, "run this test with XFUSER_WRITE_DOCS=1 to write docs/models.md anew"
+    assert_written(TABLE, BEGIN, table(), END)
 
 
 def test_the_polynomial_is_published_where_the_table_says_so() -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 from toys import ALWAYS, Toy, attached
+from written_tables import assert_written
 
 from xfuser.config import ParallelConfig
 from xfuser.model_executor.adapters import FAMILIES, Family, denoisers_of, spec_of
@@ -95,9 +95,4 @@ def table() -> str:
 
 
 def test_the_docs_list_the_families() -> None:
-    text = TABLE.read_text(encoding="utf-8")
-    written = text.partition(BEGIN)[0] + BEGIN + "\n" + table() + END + END.join(text.split(END)[1:])
-    if os.environ.get("XFUSER_WRITE_DOCS"):
-        TABLE.write_text(written, encoding="utf-8")
-        text = written
-    assert text == written, "run this test with XFUSER_WRITE_DOCS=1 to write docs/models.md anew"
+    assert_written(TABLE, BEGIN, table(), END)
