@@ -49,7 +49,7 @@ def conditions_of(model: str) -> list[object]:
     captions = captions_of(model)
     if not captions:
         return list(range(10))
-    # Benchmarks take theirs from both ends on; these lie half a distance further.
+    # The middles of as many equal stretches: the seeds are no benchmark's, and few of the captions are.
     distance = len(captions) / IMAGES
     return [captions[int((place + 0.5) * distance)] for place in range(IMAGES)]
 

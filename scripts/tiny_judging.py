@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -21,6 +22,15 @@ DRAWN = (
     *("crescent moon", "thumbs up sign"),
 )
 AT_ONCE = 16
+
+
+def add_judging_arguments(parser: argparse.ArgumentParser, steps: int, guidance_scale: float, grid: Path) -> None:
+    """Add what the stage ``judge`` draws, and how, with a model's own defaults."""
+    add = parser.add_argument
+    add("--judged", type=int, default=190, help="images to judge (default: all held-out captions)")
+    add("--judged_steps", type=int, default=steps, help="denoising steps of judged images (default: %(default)s)")
+    add("--guidance_scale", type=float, default=guidance_scale, help="of judged images (default: %(default)s)")
+    add("--grid", type=Path, default=grid, help="(default: %(default)s)")
 
 
 def draw(model_type: str, args: argparse.Namespace, prompts: list[str], seed: int) -> torch.Tensor:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,7 @@ from PIL import Image
 from rich.progress import track
 from safetensors.torch import save_file
 from torch import nn
-from training import PRECISION_HELP, PRECISIONS, Plan, Training, autocast, normalise_latents
+from training import Plan, Training, add_run_arguments, autocast, normalise_latents
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -261,10 +260,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--judged", type=int, default=500, help="images to judge (default: %(default)s)")
     parser.add_argument("--grid", type=Path, default=ROOT / "docs" / "images" / "tiny_dit_samples.png")
     parser.add_argument("--batch_size", type=int, default=64, help="images a batch (default: %(default)s)")
-    parser.add_argument("--checkpoint_every", type=int, default=100, help="batches (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all, %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help=PRECISION_HELP)
+    add_run_arguments(parser)
     args = parser.parse_args()
     if not args.data.is_file():
         parser.error(f"--data: no file {args.data}")

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -42,12 +41,12 @@ from tiny_flux_parts import (
     build_transformer,
     load_emoji,
 )
-from training import PRECISION_HELP, PRECISIONS, Plan, Training, autocast, constant_then_linear, normalise_latents
+from training import Plan, Training, add_run_arguments, autocast, constant_then_linear, normalise_latents
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tiny_flux_text import report_matcher, train_matcher, train_text, unit  # noqa: E402
-from tiny_judging import judge  # noqa: E402
+from tiny_judging import add_judging_arguments, judge  # noqa: E402
 
 from evaluation.metrics.matcher import ImageTextMatcher  # noqa: E402
 from xfuser.core.files import replacing, write_text  # noqa: E402
@@ -231,14 +230,8 @@ def parse_args() -> argparse.Namespace:
     add("--guide_steps", type=int, default=1500, help="batches (default: %(default)s)")
     add("--batch_size", type=int, default=32, help="images a batch of the transformer (default: %(default)s)")
     add("--ema", type=float, default=0.998, help="decay of the transformer's averaged weights (default: %(default)s)")
-    add("--judged", type=int, default=190, help="images to judge (default: all held-out captions)")
-    add("--judged_steps", type=int, default=28, help="denoising steps of judged images (default: %(default)s)")
-    add("--guidance_scale", type=float, default=2.0, help="of judged images (default: %(default)s)")
-    add("--grid", type=Path, default=ROOT / "docs" / "images" / "tiny_flux_samples.png", help="(default: %(default)s)")
-    add("--checkpoint_every", type=int, default=100, help="batches (default: %(default)s)")
-    add("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all, %(default)s)")
-    add("--seed", type=int, default=0, help="(default: %(default)s)")
-    add("--precision", choices=PRECISIONS, default="auto", help=PRECISION_HELP)
+    add_judging_arguments(parser, 28, 2.0, ROOT / "docs" / "images" / "tiny_flux_samples.png")
+    add_run_arguments(parser)
     args = parser.parse_args()
     if not args.data.is_file():
         parser.error(f"--data: no file {args.data}")

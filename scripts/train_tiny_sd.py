@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import shutil
 import sys
 from dataclasses import dataclass
@@ -34,13 +33,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_flux_parts import CLIP_HIDDEN, LATENT_CHANNELS, SIZE, Emoji, Phrases, load_emoji
 from train_tiny_flux import checkpoint, encode_images, plan_stage, train_autoencoder
-from training import PRECISION_HELP, PRECISIONS, Training, autocast
+from training import Training, add_run_arguments, autocast
 from transformers import CLIPTextModel, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tiny_flux_text import train_text  # noqa: E402
-from tiny_judging import judge  # noqa: E402
+from tiny_judging import add_judging_arguments, judge  # noqa: E402
 
 from evaluation.metrics.matcher import ImageTextMatcher  # noqa: E402
 from xfuser.core.files import replacing, write_text  # noqa: E402
@@ -199,14 +198,8 @@ def parse_args() -> argparse.Namespace:
     add("--batch_size", type=int, default=32, help="images a batch (default: %(default)s)")
     add("--ema", type=float, default=0.998, help="decay of the averaged weights (default: %(default)s)")
     add("--matcher", type=Path, help="of the stage judge (default: evaluation/matcher.safetensors in --parts)")
-    add("--judged", type=int, default=190, help="images to judge (default: all held-out captions)")
-    add("--judged_steps", type=int, default=50, help="denoising steps of judged images (default: %(default)s)")
-    add("--guidance_scale", type=float, default=3.0, help="of judged images (default: %(default)s)")
-    add("--grid", type=Path, default=ROOT / "docs" / "images" / "tiny_sd_samples.png", help="(default: %(default)s)")
-    add("--checkpoint_every", type=int, default=100, help="batches (default: %(default)s)")
-    add("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all, %(default)s)")
-    add("--seed", type=int, default=0, help="(default: %(default)s)")
-    add("--precision", choices=PRECISIONS, default="auto", help=PRECISION_HELP)
+    add_judging_arguments(parser, 50, 3.0, ROOT / "docs" / "images" / "tiny_sd_samples.png")
+    add_run_arguments(parser)
     args = parser.parse_args()
     if not args.data.is_file():
         parser.error(f"--data: no file {args.data}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,6 +42,15 @@ def autocast(precision: str) -> Callable[[], torch.autocast]:
 
 PRECISIONS = ("auto", "bf16", "fp32")
 PRECISION_HELP = "autocast of the networks; auto takes bf16 where the processor multiplies it natively"
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what every training can be told of how it runs."""
+    add = parser.add_argument
+    add("--checkpoint_every", type=int, default=100, help="batches (default: %(default)s)")
+    add("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all, %(default)s)")
+    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    add("--precision", choices=PRECISIONS, default="auto", help=PRECISION_HELP)
 
 
 @dataclass(frozen=True)
