@@ -8,18 +8,20 @@ import io
 import json
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiTPipeline, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import nn
 
+from benchmark.peer_mean_velocity import mean_velocity_peers as _mean_velocity
 from benchmark.peer_tools import (
+    Attached,
     Forecaster,
+    Peer,
     Polynomial,
     StepCache,
+    Subject,
     Weighted,
     environment,
     evenly,
@@ -40,65 +42,12 @@ L2P_STEPS = {11: [0, 1, 2, 4, 6, 9, 14, 23, 30, 37, 44]}
 NO_BLOCK = "has no effect: none of its patterns names a module of this model"
 
 
-@dataclass
-class Subject:
-    """A fresh pipeline that one row is attached to.
-
-    Attributes:
-        loaded: The pipeline.
-        steps: Of an uncached generation.
-        calibrate: Generates the calibration images with it, with seeds of their own.
-        scratch: A folder that lives as long as the run.
-    """
-
-    loaded: LoadedPipeline
-    steps: int
-    calibrate: Callable[[], None]
-    scratch: Path
-
-    @property
-    def pipeline(self) -> Any:
-        return self.loaded.pipeline
-
-    @property
-    def transformer(self) -> nn.Module:
-        return self.loaded.pipeline.transformer
-
-
-@dataclass
-class Attached:
-    """A method that is in place.
-
-    Attributes:
-        before: Called before every generation.
-        details: What the method says of itself in the end, in plain types.
-        remove: Takes it off, where the pipeline's own end does not do.
-    """
-
-    before: Callable[[], None] = lambda: None
-    details: Callable[[], dict[str, Any]] = dict
-    remove: Callable[[], None] = lambda: None
-
-
-@dataclass(frozen=True)
-class Peer:
-    """One row: its name, the line it belongs to in the picture, what it is set to, how it is attached.
-
-    ``steps`` are those of its generations; None takes as many as the uncached run.
-    """
-
-    name: str
-    family: str
-    settings: dict[str, Any]
-    attach: Callable[[Subject], Attached] = field(compare=False)
-    steps: int | None = None
-
-
 def all_peers(steps: int) -> list[Peer]:
     """List every row of the comparison; the uncached one first."""
     counts = [round(budget * steps) for budget in BUDGETS]
     peers = [Peer(UNCACHED, UNCACHED, {}, lambda subject: Attached())]
-    for build in (_trajectory, _block_level, _step_caches, _learned, _schedulers, _cache_dit, _diffusers):
+    builders = (_trajectory, _block_level, _step_caches, _learned, _mean_velocity, _schedulers, _cache_dit, _diffusers)
+    for build in builders:
         peers += build(steps, counts)
     return peers
 

@@ -9,6 +9,7 @@ import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
 from xfuser.core.distributed.shutdown import one_line
+from xfuser.model_executor.pipelines import LoadedPipeline
 
 TEMPERED = 1e-10  # share of the mean power added to a least-squares fit, against rounding only
 
@@ -110,6 +112,60 @@ def bytes_alive() -> int:
             storage = each.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
+
+
+@dataclass
+class Subject:
+    """A fresh pipeline that one row is attached to.
+
+    Attributes:
+        loaded: The pipeline.
+        steps: Of an uncached generation.
+        calibrate: Generates the calibration images with it, with seeds of their own.
+        scratch: A folder that lives as long as the run.
+    """
+
+    loaded: LoadedPipeline
+    steps: int
+    calibrate: Callable[[], None]
+    scratch: Path
+
+    @property
+    def pipeline(self) -> Any:
+        return self.loaded.pipeline
+
+    @property
+    def transformer(self) -> nn.Module:
+        return self.loaded.pipeline.transformer
+
+
+@dataclass
+class Attached:
+    """A method that is in place.
+
+    Attributes:
+        before: Called before every generation.
+        details: What the method says of itself in the end, in plain types.
+        remove: Takes it off, where the pipeline's own end does not do.
+    """
+
+    before: Callable[[], None] = lambda: None
+    details: Callable[[], dict[str, Any]] = dict
+    remove: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One row: its name, the line it belongs to in the picture, what it is set to, how it is attached.
+
+    ``steps`` are those of its generations; None takes as many as the uncached run.
+    """
+
+    name: str
+    family: str
+    settings: dict[str, Any]
+    attach: Callable[[Subject], Attached] = field(compare=False)
+    steps: int | None = None
 
 
 class Forecaster(Protocol):

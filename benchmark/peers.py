@@ -40,10 +40,13 @@ from diffusers.utils import logging as diffusers_logging  # noqa: E402
 from benchmark.judge import SMALLEST_SAMPLE  # noqa: E402
 from benchmark.measure import Sampling, conditions_of  # noqa: E402
 from benchmark.outcomes import exit_code, remarks  # noqa: E402
-from benchmark.peer_methods import UNCACHED, Attached, Peer, Subject, all_peers, isolate  # noqa: E402
+from benchmark.peer_methods import UNCACHED, all_peers, isolate  # noqa: E402
 from benchmark.peer_tools import (  # noqa: E402
+    Attached,
     BlockCounter,
     HeldBytes,
+    Peer,
+    Subject,
     described,
     finished_rows,
     plain,

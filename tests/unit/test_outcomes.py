@@ -16,7 +16,7 @@ from benchmark import cache_execute, peers, sensitivity
 from benchmark.judge import Judge
 from benchmark.measure import Sampling, measure
 from benchmark.outcomes import exit_code, failures, remarks
-from benchmark.peer_methods import Attached, Peer, Subject
+from benchmark.peer_tools import Attached, Peer, Subject
 from benchmark.rows import Correction, Row, rows_of, uncached
 from xfuser.model_executor.pipelines import LoadedPipeline, load_pipeline
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 
@@ -12,6 +13,7 @@ from diffusers import DDIMScheduler, DiTTransformer2DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
+from benchmark.peer_mean_velocity import MeanVelocity, mean_velocity, shortest_path
 from benchmark.peer_methods import UNCACHED, all_peers
 from benchmark.peer_tools import (
     BlockCounter,
@@ -124,6 +126,49 @@ def test_work_inside_of_blocks_is_told_apart(pipeline: tuple[DiTTransformer2DMod
             attention.forward = original
         for counter in own:
             counter.undo()
+
+
+def test_mean_velocity_by_hand() -> None:
+    """Velocities 1 and 2 from 4 to 3 and to 2: their average is 1.5, so the product is (1 - 1.5) / -2."""
+    times = torch.tensor([4.0, 3.0, 2.0, 1.0])
+    latents = [torch.tensor(each) for each in (0.0, -1.0, -3.0)]
+    velocities = [torch.tensor(1.0), torch.tensor(2.0)]
+    assert float(mean_velocity(latents, velocities, times, window=2)) == 2.25
+    assert float(mean_velocity(latents, velocities, times, window=6)) == 2.25
+    assert float(mean_velocity(latents, velocities, times, window=1)) == 2.0
+
+
+def test_the_shortest_path_is_the_best_of_all_placements() -> None:
+    off = torch.rand(7, 8, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    off[torch.arange(7)[:, None] >= torch.arange(8)] = torch.inf
+    for evaluations, power in ((3, 1.0), (4, 4.0)):
+        nodes, windows = shortest_path(off, evaluations, power)
+        costs = {}
+        for rest in itertools.combinations(range(1, 7), evaluations - 1):
+            stops = (0, *rest, 7)
+            costs[stops[:-1]] = sum(float(off[a, b].min()) ** power for a, b in itertools.pairwise(stops))
+        assert tuple(nodes) == min(costs, key=costs.__getitem__)
+        ends = [*nodes[1:], 7]
+        assert windows == [1 + int(off[a, b].argmin()) for a, b in zip(nodes, ends, strict=True) for _ in range(b - a)]
+
+
+def test_mean_velocity_leaves_evaluated_steps_alone(pipeline: tuple[DiTTransformer2DModel, DDIMScheduler]) -> None:
+    transformer, scheduler = pipeline
+    plain_images = denoise(pipeline, 12)
+    watched = MeanVelocity(scheduler)
+    try:
+        assert torch.equal(denoise(pipeline, 12), plain_images)
+        assert watched.plan(12, 1.0) == list(range(12))
+        assert torch.equal(denoise(pipeline, 12), plain_images)
+        watched.nodes = None
+        denoise(pipeline, 12)
+        StepCache(transformer, 12, watched.plan(5, 1.0), Polynomial(0))
+        near = [(denoise(pipeline, 12) - plain_images).abs().max() for _ in range(2)]
+        watched.windows = [1] * 12
+        reused = (denoise(pipeline, 12) - plain_images).abs().max()
+    finally:
+        del transformer.forward, scheduler.step
+    assert near[0] == near[1] > 0 and near[0] != reused
 
 
 @pytest.mark.parametrize("count", [2, 5, 19])

@@ -59,7 +59,7 @@ def folder(scripts: dict[str, ModuleType], tmp_path_factory: pytest.TempPathFact
     matcher = ImageTextMatcher(sorted(set(captions.tolist())))
     args = argparse.Namespace(output=folder / "tiny-flux")
     scripts["train_tiny_flux"].export(args, parts.build_autoencoder(), text, matcher, parts.build_transformer())
-    make(scripts, folder, "--unet_steps=2", "--judged=1", "--judged_steps=1")
+    make(scripts, folder, "--coarse_steps=1", "--unet_steps=2", "--judged=1", "--judged_steps=1")
     return folder
 
 
@@ -83,7 +83,7 @@ def test_the_script_makes_a_small_pipeline_with_the_parts_of_another(folder: Pat
 def test_its_unet_has_transformer_blocks_at_two_widths_and_foretells_noise(folder: Path) -> None:
     pipeline = load_pipeline("tiny-sd", str(folder / "tiny-sd")).pipeline
     blocks = [name for name, _ in pipeline.unet.named_modules() if name.endswith("transformer_blocks.0")]
-    assert len(blocks) == 11
+    assert len(blocks) == 7
     widths = {pipeline.unet.get_submodule(name).attn1.to_q.in_features for name in blocks}
     assert widths == set(TINY["block_out_channels"])
     assert pipeline.scheduler.config.prediction_type == "epsilon"

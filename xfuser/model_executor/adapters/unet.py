@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 SIDE = 32  # pixels of the toy's images
 THRESHOLDS = {"Fast": 0.05, "Tea": 0.05, "Fb": 0.05}  # the methods' common ones: nobody has published any for a UNet
 # What tells tiny-sd, the model that comes with the package, from others of its pipeline.
-TINY = {"block_out_channels": [64, 112], "cross_attention_dim": 128, "sample_size": 16}
+TINY = {"block_out_channels": [64, 128], "cross_attention_dim": 128, "sample_size": 16}
 
 
 def modulated_input(block: nn.Module, arguments: Mapping[str, Any]) -> torch.Tensor:
