@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from xfuser.lazy import lazy_attributes
 from xfuser.xdit.finder import install
+from xfuser.xdit.table import WRAPPED
 
 _PUBLIC = {
     "__version__": "xfuser.version",
@@ -18,16 +19,7 @@ _PUBLIC = {
     "load_pipeline": "xfuser.model_executor.pipelines",
     "parallelize": "xfuser.model_executor.parallel",
     "xFuserArgs": "xfuser.config",
-} | dict.fromkeys(
-    (
-        "xDiTParallel",
-        "xFuserFluxPipeline",
-        "xFuserPixArtAlphaPipeline",
-        "xFuserPixArtSigmaPipeline",
-        "xFuserStableDiffusion3Pipeline",
-    ),
-    "xfuser.xdit.pipelines",
-)
+} | dict.fromkeys(("xDiTParallel", *WRAPPED), "xfuser.xdit.pipelines")
 
 __all__ = [*_PUBLIC]
 

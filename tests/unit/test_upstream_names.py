@@ -11,15 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from PIL import Image
 
 import xfuser
 from xfuser.config import EngineConfig, FlexibleArgumentParser, InputConfig, xFuserArgs
 from xfuser.core.distributed import get_runtime_state, get_world_group
+from xfuser.model_executor.adapters import SMALL, SmallPipeline
 from xfuser.model_executor.adapters.flux import build_small as build_toy_flux
 from xfuser.model_executor.parallel.batch import part_of_batch
 from xfuser.xdit import pipelines as upstream
+from xfuser.xdit.table import WRAPPED
 
 SIZE = {"height": 64, "width": 64, "max_sequence_length": 64}
 CALL = SIZE | {"num_inference_steps": 4, "output_type": "np"}
@@ -60,6 +62,18 @@ def toy(settings: dict[str, Any] | None = None, *flags: str) -> upstream.xFuserF
 
 def drawn(pipe: Any, prompt: Any = "a red cube", **arguments: Any) -> np.ndarray:
     return pipe(prompt=prompt, generator=torch.Generator().manual_seed(5), **(CALL | arguments)).images
+
+
+@pytest.mark.parametrize("small", [each for each in SMALL.values() if f"xFuser{each.pipeline}" in WRAPPED])
+def test_every_wrapper_generates_what_its_pipeline_does(small: SmallPipeline) -> None:
+    engine_config, input_config = configured("--height", "64", "--width", "64", "--no_use_resolution_binning")
+    pipeline = small.build()
+    pipeline.set_progress_bar_config(disable=True)
+    call = small.call(1) | {"num_inference_steps": 2, "output_type": "np"}
+    expected = pipeline(**call, generator=torch.Generator().manual_seed(5)).images
+    pipe = getattr(xfuser, f"xFuser{small.pipeline}")(pipeline, engine_config)
+    pipe.prepare_run(input_config)
+    assert np.array_equal(pipe(**call, generator=torch.Generator().manual_seed(5)).images, expected)
 
 
 # -- the command line -------------------------------------------------------------------------------------------------
@@ -184,7 +198,7 @@ def test_loading_passes_on_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -
         seen.append(keywords)
         return build_toy_flux()
 
-    monkeypatch.setattr(upstream.FluxPipeline, "from_pretrained", load)
+    monkeypatch.setattr(FluxPipeline, "from_pretrained", load)
     engine_config, _ = configured("--download_dir", "kept", "--enable_tiling", "--enable_slicing")
     engine_config.runtime_config.dtype = torch.bfloat16
     for given in ({"trust_remote_code": True}, {"torch_dtype": torch.float16, "cache_dir": "mine"}):

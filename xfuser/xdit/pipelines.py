@@ -7,27 +7,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import diffusers
 import numpy as np
 import torch
-from diffusers import (
-    DiffusionPipeline,
-    FluxPipeline,
-    ImagePipelineOutput,
-    PixArtAlphaPipeline,
-    PixArtSigmaPipeline,
-    StableDiffusion3Pipeline,
-)
+from diffusers import DiffusionPipeline, ImagePipelineOutput
 from PIL import Image
 
 from xfuser.config.cache import FIRST
 from xfuser.core.files import replacing
+from xfuser.model_executor.adapters import FAMILIES, Family
 from xfuser.model_executor.parallel import ParallelPipeline, parallelize
 from xfuser.model_executor.parallel.batch import part_of_batch
 from xfuser.model_executor.pipelines.generate import save_image
-from xfuser.model_executor.pipelines.loading import DTYPE, MODEL_TYPES
+from xfuser.model_executor.pipelines.loading import DTYPE
 from xfuser.xdit.configs import EngineConfig, InputConfig
 from xfuser.xdit.parallel_state import current_mesh, is_dp_last_group
 from xfuser.xdit.settings import cache_settings_of, check_loading, check_runtime
+from xfuser.xdit.table import WRAPPED
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -51,7 +47,7 @@ class xFuserPipeline:  # noqa: N801 (xDiT's way of naming)
     """
 
     diffusers_class: ClassVar[type[DiffusionPipeline]]
-    model_type: ClassVar[str]
+    thresholds: ClassVar[Mapping[str, float]]
     least_steps: ClassVar[int] = 1  # to warm up with
 
     def __init__(self, pipeline: Any, engine_config: EngineConfig, cache_args: Mapping[str, Any] | None = None) -> None:
@@ -134,8 +130,8 @@ class xFuserPipeline:  # noqa: N801 (xDiT's way of naming)
 
         Args:
             input_config: The sizes.
-            steps: Denoising steps; at least two for PixArt alpha, whose diffusers pipeline takes a single one for that
-                of a distilled model. With a calibration file they are the input's, which the file belongs to.
+            steps: Denoising steps; at least two for PixArt alpha. With a calibration file they are the input's, which
+                the file belongs to.
             sync_steps: PipeFusion: how many of them are synchronous.
         """
         calibration = self._settings.get("calibration")
@@ -206,40 +202,32 @@ class xFuserPipeline:  # noqa: N801 (xDiT's way of naming)
     @classmethod
     def _checked(cls, engine_config: EngineConfig, cache_args: Mapping[str, Any] | None) -> dict[str, Any]:
         check_runtime(engine_config)
-        return cache_settings_of(cache_args, engine_config, MODEL_TYPES[cls.model_type].thresholds)
+        return cache_settings_of(cache_args, engine_config, cls.thresholds)
 
 
-class xFuserPixArtAlphaPipeline(xFuserPipeline):  # noqa: N801
-    """PixArt Alpha."""
-
-    diffusers_class, model_type = PixArtAlphaPipeline, "pixart"
-    least_steps = 2
+# diffusers' PixArt alpha takes a single step for that of a distilled model.
+_LEAST_STEPS = {"PixArtAlphaPipeline": 2}
 
 
-class xFuserPixArtSigmaPipeline(xFuserPipeline):  # noqa: N801
-    """PixArt Sigma."""
-
-    diffusers_class, model_type = PixArtSigmaPipeline, "pixart"
-
-
-class xFuserFluxPipeline(xFuserPipeline):  # noqa: N801
-    """FLUX.1."""
-
-    diffusers_class, model_type = FluxPipeline, "flux"
-
-
-class xFuserStableDiffusion3Pipeline(xFuserPipeline):  # noqa: N801
-    """Stable Diffusion 3 and 3.5."""
-
-    diffusers_class, model_type = StableDiffusion3Pipeline, "sd3"
+def _wrapper(family: Family, name: str) -> type[xFuserPipeline]:
+    """Make the class that stands for one of a family's diffusers pipelines."""
+    own = {
+        "__doc__": f"{family.title}.",
+        "__module__": __name__,
+        "diffusers_class": getattr(diffusers, name),
+        "thresholds": family.spec.thresholds,
+        "least_steps": _LEAST_STEPS.get(name, 1),
+    }
+    return type(f"xFuser{name}", (xFuserPipeline,), own)
 
 
-_WRAPPERS = (
-    xFuserPixArtAlphaPipeline,
-    xFuserPixArtSigmaPipeline,
-    xFuserFluxPipeline,
-    xFuserStableDiffusion3Pipeline,
-)
+WRAPPERS: dict[str, type[xFuserPipeline]] = {
+    f"xFuser{name}": _wrapper(family, name)
+    for family in FAMILIES
+    for name in dict.fromkeys(small.pipeline for small in family.small.values())
+    if f"xFuser{name}" in WRAPPED
+}
+globals().update(WRAPPERS)
 
 
 class xDiTParallel:  # noqa: N801
@@ -255,9 +243,9 @@ class xDiTParallel:  # noqa: N801
     """
 
     def __init__(self, pipe: Any, engine_config: EngineConfig, input_config: InputConfig) -> None:
-        wrapper = next((each for each in _WRAPPERS if isinstance(pipe, each.diffusers_class)), None)
+        wrapper = next((each for each in WRAPPERS.values() if isinstance(pipe, each.diffusers_class)), None)
         if wrapper is None:
-            known = ", ".join(each.diffusers_class.__name__ for each in _WRAPPERS)
+            known = ", ".join(each.diffusers_class.__name__ for each in WRAPPERS.values())
             raise TypeError(f"xDiTParallel does not take a {type(pipe).__name__}; give it one of {known}")
         self.pipe = wrapper(pipe, engine_config)
         self.result: Any = None

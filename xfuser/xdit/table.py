@@ -9,7 +9,17 @@ from __future__ import annotations
 # -- pipelines: a script imports many and uses one, so that the others refuse when they are used -----------------------
 
 _UPSTREAM = "xfuser.xdit.pipelines"
-OTHER_MODELS = "this engine runs FLUX, PixArt, Stable Diffusion 3 and DiT; use xDiT itself for other models"
+WRAPPED = (
+    "xFuserFluxPipeline",
+    "xFuserHunyuanDiTPipeline",
+    "xFuserPixArtAlphaPipeline",
+    "xFuserPixArtSigmaPipeline",
+    "xFuserStableDiffusion3Pipeline",
+)
+OTHER_MODELS = (
+    "FLUX, HunyuanDiT, PixArt and Stable Diffusion 3 are; give another diffusers pipeline to xfuser.parallelize, or "
+    "use xDiT itself"
+)
 _CACHE_WRAPPER = "use xfuser.apply_cache_on_pipeline(pipeline, use_cache='Fast')"
 
 REFUSING_PIPELINES = dict.fromkeys(
@@ -22,7 +32,6 @@ REFUSING_PIPELINES = dict.fromkeys(
         "xFuserFlux2Pipeline",
         "xFuserFluxControlPipeline",
         "xFuserFluxKontextPipeline",
-        "xFuserHunyuanDiTPipeline",
         "xFuserLattePipeline",
         "xFuserLumina2Pipeline",
         "xFuserPipelineFluxControlPipeline",
@@ -42,6 +51,7 @@ REFUSING_PIPELINES = dict.fromkeys(
 _PIPELINES = "xfuser.model_executor.pipelines"
 _OWN_MODULES = {
     "pipeline_flux": "xFuserFluxPipeline",
+    "pipeline_hunyuandit": "xFuserHunyuanDiTPipeline",
     "pipeline_pixart_alpha": "xFuserPixArtAlphaPipeline",
     "pipeline_pixart_sigma": "xFuserPixArtSigmaPipeline",
     "pipeline_stable_diffusion_3": "xFuserStableDiffusion3Pipeline",
@@ -57,7 +67,6 @@ _REFUSING_MODULES = tuple(
         "pipeline_flux2",
         "pipeline_flux2_klein",
         "pipeline_flux_control",
-        "pipeline_hunyuandit",
         "pipeline_latte",
         "pipeline_lumina2",
         "pipeline_qwen_image",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -42,8 +43,8 @@ class Gram:
         if self.matrix.shape != (expected, expected):
             raise ValueError(f"a Gram matrix of {self.steps} steps has {expected} rows, not {self.matrix.shape[0]}")
 
-    def output(self, branch: int, step: int) -> int:
-        """Find the row of an output."""
+    def output(self, branch: int, step: Any) -> Any:
+        """Find the row of an output, or those of several steps."""
         return self.steps + 1 + branch * self.steps + step
 
 
@@ -54,12 +55,12 @@ def even_placement(steps: int, evaluations: int) -> Plan:
     return Plan.at(steps, [math.floor(index * steps / evaluations) for index in range(evaluations)])
 
 
-def jump_residuals(gram: Gram, nodes: list[tuple[int, ...]], starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+def jump_residuals(gram: Gram, nodes: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
     """Compute how far jumps lie outside the span of what is remembered.
 
     Args:
         gram: The recorded generation.
-        nodes: Per jump, the rows of remembered outputs (all of one length).
+        nodes: Per jump, the rows of remembered outputs, [M, K].
         starts: Per jump, the step it starts from, [M].
         ends: The steps where it may end, [M, E].
 
@@ -67,7 +68,7 @@ def jump_residuals(gram: Gram, nodes: list[tuple[int, ...]], starts: np.ndarray,
         The squared distances, [M, E].
     """
     matrix = gram.matrix
-    features = np.concatenate([np.asarray(nodes, dtype=int).reshape(len(starts), -1), starts[:, None]], axis=1)
+    features = np.concatenate([nodes, starts[:, None]], axis=1)
     inner = matrix[features[:, :, None], features[:, None, :]]
     count = features.shape[1]
     # Each direction counts by its own size: outputs and latents differ by orders of magnitude.
@@ -169,16 +170,19 @@ class Scheduler:
         for step in range(steps):
             ends = np.arange(step + 1, min(step + gap, steps) + 1)
             firsts = np.arange(1, min(gap, step) + 1) if step else np.array([0])
+            known = slice(int(firsts[0]), int(firsts[-1]) + 1)
+            reached = min(budgets, FULL * (step + 1) + 1)  # no more can have been spent by now
             for kind in range(len(kinds)):
                 if step == 0 and kind > 0:
                     continue
                 costs = self._costs(step, kind, firsts, ends)
-                values = best[:, step, :, :, kind][:, firsts]  # budgets, firsts, seconds
+                origins = np.ravel_multi_index((step, firsts, 0, kind), self._shape)
+                values = best[:reached, step, known, :, kind]  # budgets, firsts, seconds
                 for place, end in enumerate(ends):
                     total = values + costs[None, :, :, place]
                     chosen = total.argmin(axis=2)
-                    least = np.take_along_axis(total, chosen[:, :, None], axis=2)[:, :, 0]
-                    origin = np.ravel_multi_index((step, firsts[None, :], chosen, kind), self._shape)
+                    least = total.min(axis=2)
+                    origin = origins + chosen * len(kinds)
                     if end == steps:
                         self._finish(least, origin)
                         continue
@@ -186,18 +190,19 @@ class Scheduler:
                         after = successors.get((kind, follow))
                         if after is None:
                             continue
-                        cells = best[follow:, end, end - step, :, after]
-                        came = self._came[follow:, end, end - step, :, after]
-                        better = least[:-follow] < cells[:, firsts]
-                        cells[:, firsts] = np.where(better, least[:-follow], cells[:, firsts])
-                        came[:, firsts] = np.where(better, origin[:-follow], came[:, firsts])
+                        spendable = min(reached, budgets - follow)
+                        later = slice(follow, follow + spendable)
+                        cells = best[later, end, end - step, known, after]
+                        better = least[:spendable] < cells
+                        np.copyto(cells, least[:spendable], where=better)
+                        np.copyto(self._came[later, end, end - step, known, after], origin[:spendable], where=better)
 
     def _finish(self, total: np.ndarray, origin: np.ndarray) -> None:
         chosen = total.argmin(axis=1)
         least = total[np.arange(len(chosen)), chosen]
-        better = least < self._end
+        better = np.flatnonzero(least < self._end[: len(least)])
         self._end[better] = least[better]
-        self._last[better] = origin[np.arange(len(chosen)), chosen][better]
+        self._last[better] = origin[better, chosen[better]]
 
     def _costs(self, step: int, kind: int, firsts: np.ndarray, ends: np.ndarray) -> np.ndarray:
         """Compute all jumps' residuals as shares of the latents, [firsts, gaps + 1, ends]; infinite where none is."""
@@ -209,22 +214,17 @@ class Scheduler:
             middle = step - int(first)
             seconds = range(1, min(self.gap, middle) + 1) if first and middle else range(1)
             groups.setdefault(bool(first and middle), []).extend((place, second) for second in seconds)
-        for pairs in groups.values():
-            nodes = []
-            for place, second in pairs:
-                middle = step - int(firsts[place])
-                nodes.append(self._rows(kind, (step, middle, middle - second), int(firsts[place]), second))
-            starts = np.full(len(pairs), step)
-            where = np.broadcast_to(ends, (len(pairs), len(ends)))
-            found = jump_residuals(self.gram, nodes, starts, where) * (share_to_come**self._emphasis / self._scale)
+        for known, pairs in groups.items():
             places, seconds_of = np.array(pairs).T
-            costs[places, seconds_of] = found
+            middle = step - firsts[places]
+            steps = [np.full(len(pairs), step), middle, middle - seconds_of]
+            # Two steps where the first one is the one before last, one at the first itself.
+            steps = steps if known else steps[: 2 if step else 1]
+            rows = [self.gram.output(0, each) for each in steps]
+            if self.gram.branches == 2:
+                evaluated = zip(steps, self.kinds[kind], strict=False)
+                rows += [self.gram.output(1, each) for each, what in evaluated if what == FULL]
+            where = np.broadcast_to(ends, (len(pairs), len(ends)))
+            found = jump_residuals(self.gram, np.stack(rows, axis=1), steps[0], where)
+            costs[places, seconds_of] = found * (share_to_come**self._emphasis / self._scale)
         return costs
-
-    def _rows(self, kind: int, steps: tuple[int, int, int], first: int, second: int) -> tuple[int, ...]:
-        there = (True, first > 0, second > 0)
-        known = [(step, each) for step, each, exists in zip(steps, self.kinds[kind], there, strict=True) if exists]
-        rows = [self.gram.output(0, step) for step, _ in known]
-        if self.gram.branches == 2:
-            rows += [self.gram.output(1, step) for step, each in known if each == FULL]
-        return tuple(rows)
