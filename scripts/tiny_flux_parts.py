@@ -211,9 +211,3 @@ class TextEncoders(nn.Module):
         pooled, states = self.encode(phrases)
         pairs = zip(self.into_thumbnail, (pooled, states.mean(dim=1)), strict=True)
         return [head(vector).unflatten(1, (3, THUMBNAIL, THUMBNAIL)) for head, vector in pairs]
-
-    @torch.no_grad()
-    def vectors(self, phrases: list[str]) -> torch.Tensor:
-        """One vector a phrase: CLIP's pooled state and the mean of T5's states, [N, 224]."""
-        batches = [self.encode(phrases[start : start + 256]) for start in range(0, len(phrases), 256)]
-        return torch.cat([torch.cat([pooled, states.mean(dim=1)], dim=1) for pooled, states in batches])

@@ -5,7 +5,7 @@ Stages, each resumable and chosen with --stages (all by default):
 - ``autoencoder``: an AutoencoderKL of 64 x 64 images with 4 channels at 16 x 16; FLUX packs them into 64 tokens.
 - ``text``: a CLIP and a T5 encoder with their tokenizers, trained to foretell the thumbnails of what phrases describe.
   They are frozen from there on.
-- ``matcher``: the image-text matcher, trained contrastively: images find their captions and their twins.
+- ``matcher``: the image-text matcher, from a public network's features (an extra: ``evaluation``).
 - ``coarse``: the transformer on latents of half the size (16 tokens), which cost a third and teach it what to draw.
 - ``transformer``: the transformer, from there, on all 64 tokens.
 - ``guide``: the transformer, from there, learns to foretell its own guided velocity for any guidance_scale in [1, 4]
@@ -50,6 +50,7 @@ from tiny_judging import add_judging_arguments, judge  # noqa: E402
 
 from evaluation.metrics.matcher import ImageTextMatcher  # noqa: E402
 from xfuser.core.files import replacing, write_text  # noqa: E402
+from xfuser.model_executor.pipelines.shipped import INDEX  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 CREDITS = """# tiny-flux
@@ -189,13 +190,9 @@ def train_flow(
 
 
 def export(
-    args: argparse.Namespace,
-    vae: AutoencoderKL,
-    text: TextEncoders,
-    matcher: ImageTextMatcher,
-    transformer: FluxTransformer2DModel,
+    args: argparse.Namespace, vae: AutoencoderKL, text: TextEncoders, transformer: FluxTransformer2DModel
 ) -> None:
-    """Write the pipeline in half precision, and the matcher into its folder ``evaluation``."""
+    """Write the pipeline in half precision."""
     pipeline = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=vae.half(),
@@ -207,9 +204,6 @@ def export(
     )
     pipeline.save_pretrained(args.output, safe_serialization=True)
     write_text(args.output / "README.md", CREDITS)
-    (args.output / "evaluation").mkdir(exist_ok=True)
-    with replacing(args.output / "evaluation" / "matcher.safetensors") as temporary:
-        matcher.save(temporary)
     size = sum(path.stat().st_size for path in args.output.rglob("*") if path.is_file())
     print(f"export       {args.output}: {size / 1e6:.2f} MB")
 
@@ -224,7 +218,6 @@ def parse_args() -> argparse.Namespace:
     add("--minutes", type=float, help="wall-clock minutes after which each stage of this run ends (default: no limit)")
     add("--autoencoder_steps", type=int, default=6000, help="batches (default: %(default)s)")
     add("--text_steps", type=int, default=3000, help="batches (default: %(default)s)")
-    add("--matcher_steps", type=int, default=6000, help="batches (default: %(default)s)")
     add("--coarse_steps", type=int, default=15000, help="batches (default: %(default)s)")
     add("--transformer_steps", type=int, default=20000, help="batches (default: %(default)s)")
     add("--guide_steps", type=int, default=1500, help="batches (default: %(default)s)")
@@ -260,19 +253,24 @@ def main() -> None:
     torch.manual_seed(args.seed)
     emoji = load_emoji(args.data)
     args.plan = partial(plan_stage, args)
-    vae = train_autoencoder(args, emoji)
-    text = train_text(args, emoji)
     if {"matcher", "export"} & set(args.stages):
-        matcher = train_matcher(args, emoji, text)
+        matcher = train_matcher(args, emoji)
         report_matcher(emoji, matcher)
-    flows = [stage for stage in FLOWS if stage in args.stages or checkpoint(args, stage).exists()]
-    transformer = build_transformer()
-    if flows:
-        latents = cached_latents(args, vae, emoji)
-    for stage in flows:
-        transformer = train_flow(args, stage, transformer, latents, text, emoji)
+    if {"autoencoder", "text", *FLOWS, "export"} & set(args.stages):
+        vae = train_autoencoder(args, emoji)
+        text = train_text(args, emoji)
+        flows = [stage for stage in FLOWS if stage in args.stages or checkpoint(args, stage).exists()]
+        transformer = build_transformer()
+        if flows:
+            latents = cached_latents(args, vae, emoji)
+        for stage in flows:
+            transformer = train_flow(args, stage, transformer, latents, text, emoji)
     if "export" in args.stages:
-        export(args, vae, text, matcher, transformer)
+        export(args, vae, text, transformer)
+    if {"matcher", "export"} & set(args.stages) and (args.output / INDEX).is_file():
+        (args.output / "evaluation").mkdir(exist_ok=True)
+        with replacing(args.output / "evaluation" / "matcher.safetensors") as temporary:
+            matcher.save(temporary)
     if "judge" in args.stages:
         judge("tiny-flux", args, emoji, ImageTextMatcher.load(args.output / "evaluation" / "matcher.safetensors"))
 

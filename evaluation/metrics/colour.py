@@ -32,14 +32,22 @@ class ColourFeatures(nn.Module):
         self.stem = nn.Sequential(network._conv_stem, network._bn0, network._swish)
         self.blocks = network._blocks[:BLOCKS]
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def maps(self, images: torch.Tensor, size: int) -> torch.Tensor:
+        """Compute the fifth stage's features of images of any size, resized to ``size`` pixels, at every place.
+
+        Raises:
+            ValueError: They are no colour images.
+        """
         if images.dim() != 4 or images.shape[1] != 3:
             raise ValueError(f"images have shape {tuple(images.shape)}; expected [N, 3, H, W] in [0, 1]")
-        images = F.interpolate(images.float(), size=(IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", antialias=True)
+        images = F.interpolate(images.float(), size=(size, size), mode="bilinear", antialias=True)
         hidden_states = self.stem((images * 255 - 127) / 128)
         for block in self.blocks:
             hidden_states = block(hidden_states)
-        return hidden_states.mean(dim=(2, 3))
+        return hidden_states
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.maps(images, IMAGE_SIZE).mean(dim=(2, 3))
 
     @staticmethod
     def installed() -> bool:

@@ -58,7 +58,9 @@ def folder(scripts: dict[str, ModuleType], tmp_path_factory: pytest.TempPathFact
     text = parts.TextEncoders(*(parts.train_tokenizer(corpus, clip=clip) for clip in (True, False)))
     matcher = ImageTextMatcher(sorted(set(captions.tolist())))
     args = argparse.Namespace(output=folder / "tiny-flux")
-    scripts["train_tiny_flux"].export(args, parts.build_autoencoder(), text, matcher, parts.build_transformer())
+    scripts["train_tiny_flux"].export(args, parts.build_autoencoder(), text, parts.build_transformer())
+    (args.output / "evaluation").mkdir()
+    matcher.save(args.output / "evaluation" / "matcher.safetensors")
     make(scripts, folder, "--coarse_steps=1", "--unet_steps=2", "--judged=1", "--judged_steps=1")
     return folder
 
