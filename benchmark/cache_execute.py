@@ -270,7 +270,7 @@ def execute(args: argparse.Namespace, console: Console) -> dict[str, Any] | None
 
     def begin() -> tuple[LoadedPipeline, Judge]:
         loaded = load_pipeline(args.model_type, args.model, device)
-        return loaded, Judge(loaded, evaluation_folder(loaded, args))
+        return loaded, Judge.of(loaded, evaluation_folder(loaded, args))
 
     loaded, judge = begin_together(begin)
     if not mesh.is_first:
@@ -288,6 +288,7 @@ def execute(args: argparse.Namespace, console: Console) -> dict[str, Any] | None
     spread = {"parallel": vars(parallel)} if parallel.world_size > 1 else {}
     document = {
         **describe_run(loaded, sampling, {"cache_methods": args.cache_methods} | spread),
+        "distance": judge.distance,
         "results": results,
         "comparisons": judge.comparisons(runs),
         "failures": failures(everything),
@@ -333,6 +334,7 @@ def main() -> None:
     else:
         console.print(results_table(document, console.width))
         print_comparisons(document, console)
+    console.print(f"Fréchet distances: {document['distance']}", markup=False)
     for remark in remarks(document):
         console.print(remark, markup=False, highlight=False, soft_wrap=True)
     console.print(f"report: {args.output_dir / 'report.html'}")

@@ -34,7 +34,7 @@ from benchmark.judge import Judge  # noqa: E402
 from benchmark.measure import measure  # noqa: E402
 from benchmark.outcomes import failures  # noqa: E402
 from benchmark.rows import SUFFIX, base_names, lacks_calibration, wanted_methods  # noqa: E402
-from evaluation.metrics.colour import TITLE, ColourFeatures  # noqa: E402
+from evaluation.metrics.colour import ColourFeatures  # noqa: E402
 from xfuser.config.arguments import positive  # noqa: E402
 from xfuser.config.parser import OneLineParser  # noqa: E402
 from xfuser.config.spelling import not_known  # noqa: E402
@@ -47,8 +47,6 @@ from xfuser.model_executor.pipelines.shipped import (  # noqa: E402
 )
 
 NAME = "cross_model"
-OWN_TITLE = "Fréchet distance, features of the model's own classifier"
-NO_FEATURES = 'not measured: pip install "xfuser[evaluation]"'
 COLUMNS = ("model", "method", "speed-up", "evaluated", "PSNR (dB)", "worst tenth", "SSIM", "Fréchet", "FID", "KID ×10³")
 COLUMNS += ("PSNR over base (dB)", "Fréchet, ratio to base")
 
@@ -137,15 +135,13 @@ def measure_cell(command: argparse.Namespace, method: str) -> dict[str, Any]:
     one.cache_methods = [method + SUFFIX]
     rows, _ = cache_execute.rows_to_run(one)
     loaded, sampling = load_pipeline(one.model_type), sampling_of(one)
-    folder = evaluation_folder(loaded, one)
-    network = ColourFeatures.load() if folder is None and ColourFeatures.installed() else None
-    judge = Judge(loaded, folder, network)
+    judge = Judge.of(loaded, evaluation_folder(loaded, one))
     everything = measure(loaded, rows, sampling, judge.see)
     runs = [run for run in everything if run.left_out is None]
     return {
         **describe_run(loaded, sampling, {"cache_methods": one.cache_methods}),
         "cell": settings_of(command, method),
-        "distance": OWN_TITLE if folder is not None else TITLE if network is not None else NO_FEATURES,
+        "distance": judge.distance,
         "results": judge.results(runs, {}),
         "comparisons": judge.comparisons(runs),
         "failures": failures(everything),

@@ -29,12 +29,15 @@ from evaluation.metrics import (
     ssim,
     worst_tenth,
 )
+from evaluation.metrics.colour import TITLE, ColourFeatures
 from xfuser.config import CacheConfig
 from xfuser.config.cache import settings_read_by
 from xfuser.config.methods import METHODS, with_threshold
 from xfuser.model_executor.pipelines import LoadedPipeline
 
 SMALLEST_SAMPLE = FeatureNetwork.num_features // 2  # below this its Fréchet distance says nothing
+OWN_TITLE = "Fréchet distance, features of the model's own classifier"
+NO_FEATURES = 'not measured: pip install "xfuser[evaluation]"'
 
 
 @dataclass
@@ -57,15 +60,24 @@ class Judge:
         folder: Holds ``classifier.safetensors`` and ``reference.safetensors``.
         network: Where there is no folder, what makes features [N, D] of images [N, 3, H, W] in [0, 1]: the distance to
             the uncached images is known then.
+
+    Attributes:
+        distance: What the Fréchet distances are of, for people.
     """
 
     def __init__(self, loaded: LoadedPipeline, folder: Path | None, network: nn.Module | None = None) -> None:
         self.labelled = loaded.spec.conditioned_on == "label"
         self.classifier = FeatureNetwork.load(folder / "classifier.safetensors") if folder else None
         self.network = self.classifier or network
+        self.distance = OWN_TITLE if folder else NO_FEATURES if network is None else TITLE
         self.smallest = 0 if self.network is None else self.network.num_features // 2
         self.reference: Reference | None = read_reference(folder / "reference.safetensors") if folder else None
         self._scores: defaultdict[str, Scores] = defaultdict(Scores)
+
+    @classmethod
+    def of(cls, loaded: LoadedPipeline, folder: Path | None) -> Judge:
+        """Take the folder's classifier; where there is none, the public network for colour images, if installed."""
+        return cls(loaded, folder, ColourFeatures.load() if folder is None and ColourFeatures.installed() else None)
 
     @torch.no_grad()
     def see(self, runs: list[Run], conditions: list[Any]) -> None:

@@ -111,7 +111,7 @@ def execute(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     rows = sensitivity_rows(args.use_cache, bases_of(args, args.rel_l1_thresh), correction)
     sampling = sampling_of(args)
     loaded = load_pipeline(args.model_type, args.model, device)
-    judge = Judge(loaded, evaluation_folder(loaded, args))
+    judge = Judge.of(loaded, evaluation_folder(loaded, args))
     console.print(announce(loaded, len(rows), args))
     args.output_dir.mkdir(parents=True, exist_ok=True)
     everything = measure(loaded, rows, sampling, judge.see)

@@ -139,8 +139,8 @@ RESULT_COLUMNS: tuple[Column, ...] = (
     ),
     Column(
         "fid_vs_uncached",
-        "FID vs uncached",
-        "The same distance, but to the uncached sampler's images: only the damage done by the cache. Lower is better.",
+        "Fréchet vs uncached",
+        "Fréchet distance to the uncached sampler's images: only the damage done by the cache. Lower is better.",
     ),
     Column(
         "kid",
@@ -164,7 +164,7 @@ COMPARISON_COLUMNS: tuple[Column, ...] = (
     Column("psnr_difference", "PSNR difference", "Decibels gained over the other method; above zero is better."),
     Column(
         "fid_vs_uncached_ratio",
-        "FID vs uncached, ratio",
+        "Fréchet vs uncached, ratio",
         "This method's distance over the other's; below one is better.",
         digits=3,
         suffix="×",

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from benchmark import cross_model
+from benchmark.judge import NO_FEATURES, OWN_TITLE
 from evaluation.metrics import frechet_distance, gaussian
 from evaluation.metrics.colour import TITLE, ColourFeatures
 from evaluation.metrics.matcher import ImageTextMatcher
@@ -83,7 +84,7 @@ def test_the_table_says_what_the_cells_say(measured: Path) -> None:
             if pair["method"] == f"{pair['against']}+AdaCorrection":
                 (line,) = [line for line in lines if f"| {pair['method']} |" in line]
                 assert f"| {pair['psnr_difference']['value']:.2f} [" in line
-    assert f"Fréchet: {cross_model.OWN_TITLE}" in text
+    assert f"Fréchet: {OWN_TITLE}" in text
 
 
 def test_a_stopped_run_goes_on_with_the_cells_that_are_not_there(measured: Path) -> None:
@@ -114,7 +115,7 @@ def test_a_model_of_prompts_is_asked_for_its_own_captions(
     made = cell(tmp_path, "tiny-flux", "Fb")
     assert made["cell"]["prompt"] == ["blue heart", "red apple"]
     assert made["settings"]["guidance_scale"] == 2.0
-    assert made["distance"] == (TITLE if ColourFeatures.installed() else cross_model.NO_FEATURES)
+    assert made["distance"] == (TITLE if ColourFeatures.installed() else NO_FEATURES)
     assert "no calibration of the trajectory" in (tmp_path / "cross_model.md").read_text()
     assert all(row["fid"] is None for row in made["results"])
 
