@@ -139,12 +139,12 @@ class Scheduler:
         kinds = [SKIP] * self.gram.steps
         state = self._last[spent]
         while True:
-            step, first, second, kind = (int(each) for each in np.unravel_index(state, self._shape))
+            step, kind, first, second = (int(each) for each in np.unravel_index(state, self._shape))
             newest = self.kinds[kind][0]
             kinds[step] = newest
             if step == 0:
                 return Plan(tuple(kinds))
-            came_from = self._came[spent][step, first, second, kind]
+            came_from = self._came[step, kind, first, second, spent]
             spent -= newest
             state = came_from
 
@@ -153,14 +153,14 @@ class Scheduler:
     def _solve(self) -> None:
         steps, gap, kinds = self.gram.steps, self.gap, self.kinds
         budgets = self._budgets
-        # Gap 0 means that there is no such node yet.
-        self._shape = (steps, gap + 1, gap + 1, len(kinds))
-        best = np.full((budgets, *self._shape), np.inf, dtype=np.float32)
-        self._came = np.full((budgets, *self._shape), -1, dtype=np.int32)
+        # Gap 0 means that there is no such node yet. Budgets come last: they are what is added and compared at once.
+        self._shape = (steps, len(kinds), gap + 1, gap + 1)
+        best = np.full((*self._shape, budgets), np.inf, dtype=np.float32)
+        self._came = np.full((*self._shape, budgets), -1, dtype=np.int32)
         self._end = np.full(budgets, np.inf)
         self._last = np.full(budgets, -1, dtype=np.int64)
         self._scale = float(np.trace(self.gram.matrix[: steps + 1, : steps + 1])) or 1.0
-        best[FULL, 0, 0, 0, 0] = 0.0
+        best[0, 0, 0, 0, FULL] = 0.0
         successors = {
             (kind, follow): kinds.index((follow, *kinds[kind][:2]))
             for kind in range(len(kinds))
@@ -176,13 +176,13 @@ class Scheduler:
                 if step == 0 and kind > 0:
                     continue
                 costs = self._costs(step, kind, firsts, ends)
-                origins = np.ravel_multi_index((step, firsts, 0, kind), self._shape)
-                values = best[:reached, step, known, :, kind]  # budgets, firsts, seconds
+                origins = np.ravel_multi_index((step, kind, firsts, 0), self._shape)
+                values = best[step, kind, known, :, :reached]  # firsts, seconds, budgets
                 for place, end in enumerate(ends):
-                    total = values + costs[None, :, :, place]
-                    chosen = total.argmin(axis=2)
-                    least = total.min(axis=2)
-                    origin = origins + chosen * len(kinds)
+                    total = values + costs[:, :, place, None]
+                    chosen = total.argmin(axis=1)
+                    least = total.min(axis=1)
+                    origin = origins[:, None] + chosen
                     if end == steps:
                         self._finish(least, origin)
                         continue
@@ -192,17 +192,17 @@ class Scheduler:
                             continue
                         spendable = min(reached, budgets - follow)
                         later = slice(follow, follow + spendable)
-                        cells = best[later, end, end - step, known, after]
-                        better = least[:spendable] < cells
-                        np.copyto(cells, least[:spendable], where=better)
-                        np.copyto(self._came[later, end, end - step, known, after], origin[:spendable], where=better)
+                        cells = best[end, after, end - step, known, later]
+                        better = least[:, :spendable] < cells
+                        np.copyto(cells, least[:, :spendable], where=better)
+                        np.copyto(self._came[end, after, end - step, known, later], origin[:, :spendable], where=better)
 
     def _finish(self, total: np.ndarray, origin: np.ndarray) -> None:
-        chosen = total.argmin(axis=1)
-        least = total[np.arange(len(chosen)), chosen]
+        chosen = total.argmin(axis=0)
+        least = total.min(axis=0)
         better = np.flatnonzero(least < self._end[: len(least)])
         self._end[better] = least[better]
-        self._last[better] = origin[better, chosen[better]]
+        self._last[better] = origin[chosen[better], better]
 
     def _costs(self, step: int, kind: int, firsts: np.ndarray, ends: np.ndarray) -> np.ndarray:
         """Compute all jumps' residuals as shares of the latents, [firsts, gaps + 1, ends]; infinite where none is."""
