@@ -1,9 +1,10 @@
 """MeanCache's scheme (arXiv 2601.19961) for a model that DDIM samples: rows of the comparison with other projects.
 
-The paper caches the average velocity of a flow. DDIM moves x / α along its noise prediction ε as σ / α falls, so here ε
-is the velocity and σ / α the time. What the paper leaves to the code (a window that ends at the present latent, its
-length chosen for every gap) follows github.com/UnicomAI/MeanCache; their schedules are for other models, so evaluated
-steps are placed as the paper does: the shortest path over recorded deviations, whose peaks a power makes dearer.
+The paper caches the average velocity of a flow x = (1 − t) x₀ + t ε. DDIM's latents are such a flow's, scaled: with
+t = σ / (α + σ) and x / (α + σ), a DDIM step without noise is an Euler step along ε − x₀. What the paper leaves to the
+code (a window that ends at the present latent, its length chosen for every gap) follows
+github.com/UnicomAI/MeanCache; their schedules are for other models, so evaluated steps are placed as the paper does:
+the shortest path over recorded deviations, whose peaks a power makes dearer.
 """
 
 from __future__ import annotations
@@ -106,26 +107,29 @@ class MeanVelocity:
         self.scheduler.step = self._step
 
     def times(self) -> torch.Tensor:
-        """σ / α of all steps and of the end, float64."""
+        """σ / (α + σ) of all steps and of the end, float64."""
         signal = self.scheduler.alphas_cumprod.double()[self.scheduler.timesteps.long().cpu()]
         signal = torch.cat([signal, torch.as_tensor(self.scheduler.final_alpha_cumprod).double().reshape(1)])
-        return ((1 - signal) / signal).sqrt()
+        alpha, sigma = signal.sqrt(), (1 - signal).sqrt()
+        return sigma / (alpha + sigma)
 
     def _step(self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, **options: Any) -> Any:
         if len(self.velocities) == len(self.scheduler.timesteps):
             self.latents, self.velocities = [], []
-        signal = self.scheduler.alphas_cumprod[int(timestep)]
+        signal = self.scheduler.alphas_cumprod[int(timestep)].double()
         alpha, sigma = signal.sqrt(), (1 - signal).sqrt()
         flow = self.scheduler.config.prediction_type == "v_prediction"
-        self.latents.append((sample / alpha).double())
+        latent, output = sample.double() / (alpha + sigma), model_output.double()
+        self.latents.append(latent)
         if self.nodes is None or len(self.velocities) in self.nodes:
-            velocity = alpha * model_output + sigma * sample if flow else model_output
-            self.velocities.append(velocity.double())
+            noise = alpha * output + sigma * sample if flow else output
+            self.velocities.append(noise - (sample - sigma * noise) / alpha)
         else:
             velocity = mean_velocity(self.latents, self.velocities, self.times(), self.windows[len(self.velocities)])
             self.velocities.append(velocity)
-            velocity = velocity.to(sample.dtype)
-            model_output = (velocity - sigma * sample) / alpha if flow else velocity
+            time = sigma / (alpha + sigma)
+            noise, clean = latent + (1 - time) * velocity, latent - time * velocity
+            model_output = (alpha * noise - sigma * clean if flow else noise).to(sample.dtype)
         return self._original(model_output, timestep, sample, **options)
 
     def plan(self, evaluations: int, power: float) -> list[int]:
