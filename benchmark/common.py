@@ -21,12 +21,15 @@ from xfuser.model_executor.pipelines.loading import shipped_tiny_dit
 from xfuser.model_executor.pipelines.shipped import shared_parts, shipped_models
 
 PROMPT_ONLY = ("prompt", "height", "width")
+GRAPHS = "scene_graphs.json"
 
 
 def add_evaluation_arguments(group: Any, output: str) -> None:
     """What is drawn, what judges it, and where the results go."""
     group.add_argument(
-        "--prompt", nargs="+", help="prompts, taken in turn (default: four of its own; prompt models only)"
+        "--prompt",
+        nargs="+",
+        help="prompts, or scene graphs as JSON, taken in turn (default: four of its own, or the model's own graphs)",
     )
     group.add_argument(
         "--evaluation",
@@ -38,8 +41,12 @@ def add_evaluation_arguments(group: Any, output: str) -> None:
 
 
 def captions_of(model_type: str) -> list[str]:
-    """List the captions that a shipped model was trained on: its matcher's, or that of the model whose parts it has."""
+    """List what a shipped model can be asked for: its scene graphs, as JSON text; or the captions that it was trained
+    on, its matcher's or that of the model whose parts it has.
+    """
     folder = shipped_models().get(model_type)
+    if folder is not None and MODEL_TYPES[model_type].conditioned_on == "scene_graph":
+        return [json.dumps(graph) for graph in json.loads((folder / "evaluation" / GRAPHS).read_text(encoding="utf-8"))]
     owners = [] if folder is None else [folder, *(part.parent for part in shared_parts(folder).values())]
     for owner in owners:
         path = owner / "evaluation" / "matcher.safetensors"
@@ -89,6 +96,15 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
         ValueError: Prompts or sizes are named for a model that takes class labels.
     """
     own = MODEL_TYPES[args.model_type].guidance_scale
+    prompts: Sequence[str] = args.prompt or DEFAULT_PROMPTS
+    if MODEL_TYPES[args.model_type].conditioned_on == "scene_graph":
+        for name in ("height", "width"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"--{name}: --model_type {args.model_type} draws one size only; leave it out")
+        known = captions_of(args.model_type)
+        if not args.prompt and not known:
+            raise ValueError(f"--prompt is missing: {args.model_type} is not in this installation, nor are its graphs")
+        prompts = args.prompt or spread(known, args.num_images)
     if MODEL_TYPES[args.model_type].conditioned_on == "label":
         for name in PROMPT_ONLY:
             if getattr(args, name) is not None:
@@ -101,7 +117,7 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
         args.num_inference_steps,
         own if args.guidance_scale is None else args.guidance_scale,
         args.seed,
-        tuple(args.prompt or DEFAULT_PROMPTS),
+        tuple(prompts),
         args.height,
         args.width,
     )
@@ -140,7 +156,7 @@ def describe_run(loaded: LoadedPipeline, sampling: Sampling, named: dict[str, An
 def _told(loaded: LoadedPipeline, sampling: Sampling) -> dict[str, Any]:
     """The sampling's settings that the model reads."""
     settings = vars(sampling) | {"prompts": list(sampling.prompts)}
-    if loaded.spec.conditioned_on == "prompt":
+    if loaded.spec.conditioned_on != "label":
         return settings
     return {name: value for name, value in settings.items() if name not in ("prompts", "height", "width")}
 

@@ -240,10 +240,17 @@ def add_condition_arguments(parser: argparse.ArgumentParser) -> None:
     """What the images are to show."""
     takers = {
         kind: ", ".join(name for name, spec in TYPES.items() if spec.conditioned_on == kind)
-        for kind in ("prompt", "label")
+        for kind in ("prompt", "label", "scene_graph")
     }
     parser.add_argument("--prompt", nargs="+", help=f"prompts, taken in turn ({takers['prompt']})")
     parser.add_argument("--class_label", nargs="+", help=f"class numbers or names, taken in turn ({takers['label']})")
+    parser.add_argument(
+        "--scene_graph",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help=f"JSON files of a scene graph, or a list of them, taken in turn ({takers['scene_graph']})",
+    )
     parser.add_argument(
         "--max_sequence_length", type=positive, help="text tokens of a prompt (default: the pipeline's own)"
     )

@@ -12,6 +12,7 @@ from xfuser.config.parallel import ParallelConfig
 from xfuser.config.spelling import did_you_mean
 from xfuser.model_executor.pipelines.choosing import read_index
 from xfuser.model_executor.pipelines.model_types import MODEL_TYPES
+from xfuser.model_executor.pipelines.scene_graphs import read_graph_files, vocabulary_of
 from xfuser.model_executor.pipelines.shipped import own_model
 
 ALL_CLASSES = 10  # the most that are drawn where none is named
@@ -20,23 +21,49 @@ _PROMPT_ONLY = ("negative_prompt", "height", "width", "max_sequence_length")
 
 
 def check_conditions(args: argparse.Namespace) -> None:
-    """Refuse prompts and sizes for a model of labels, and labels for one of prompts (ValueError)."""
+    """Refuse conditions that the model does not take, prompts and sizes for one of labels among them (ValueError).
+
+    Scene graphs are read from their files, and take the prompts' place as JSON text.
+    """
     spec = MODEL_TYPES[args.model_type]
     labelled = spec.conditioned_on == "label"
+    if spec.conditioned_on == "scene_graph":
+        take_scene_graphs(args)
+    elif getattr(args, "scene_graph", None):
+        takers = ", ".join(name for name, each in MODEL_TYPES.items() if each.conditioned_on == "scene_graph")
+        raise ValueError(
+            f"--scene_graph does not go with --model_type {args.model_type}; leave it out, or name {takers}"
+        )
     wanted, other = ("class_label", "prompt") if labelled else ("prompt", "class_label")
     if getattr(args, other) is not None:
         named = "prompts" if labelled and getattr(args, "prompts", None) else other
         raise ValueError(f"--{named} does not go with --model_type {args.model_type}; use --{wanted}")
     if not labelled and not args.prompt:
         raise ValueError("--prompt is missing: name at least one")
-    refused = _PROMPT_ONLY if labelled else ()
-    if not spec.reads_length:
+    refused = () if spec.conditioned_on == "prompt" else _PROMPT_ONLY
+    if not spec.reads_length and not refused:
         refused = ("max_sequence_length",)
     for name in refused:
         if getattr(args, name, None) is not None:
             raise ValueError(f"--{name} does not go with --model_type {args.model_type}; leave it out")
     if labelled and args.class_label is not None:
         check_classes(args)
+
+
+def take_scene_graphs(args: argparse.Namespace) -> None:
+    """Take the graphs as prompts, from their files or as they are, and check what they say (ValueError)."""
+    if getattr(args, "scene_graph", None):
+        if args.prompt:
+            raise ValueError("--scene_graph and --prompt both name scene graphs; leave one of them out")
+        args.prompt, args.scene_graph = read_graph_files(args.scene_graph), None
+    if not args.prompt:
+        raise ValueError(f"--scene_graph is missing: --model_type {args.model_type} wants a file of scene graphs")
+    vocabulary = vocabulary_of(args.model or own_model(args.model_type))
+    for number, graph in enumerate(args.prompt if vocabulary else ()):
+        try:
+            vocabulary.check(graph)
+        except ValueError as error:
+            raise ValueError(f"--scene_graph: graph {number}: {error}") from error
 
 
 def check_classes(args: argparse.Namespace) -> None:

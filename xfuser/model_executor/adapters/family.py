@@ -26,10 +26,10 @@ class ModelType:
 
     Attributes:
         transformer_class: The name of their transformer's class.
-        pipelines: The names of the diffusers classes; where there are several, a model names its own in its
-            model_index.json.
+        pipelines: The names of the diffusers classes, or of those in ``module``; where there are several, a model names
+            its own in its model_index.json.
         default: What is loaded when no model is named; ``None`` where the toy is built instead.
-        conditioned_on: ``"label"`` or ``"prompt"``.
+        conditioned_on: ``"label"``, ``"prompt"`` or ``"scene_graph"``.
         guidance_scale: The default.
         thresholds: The default rel_l1_thresh of each base method that has one.
         evaluated: Whether the shipped feature network can judge its images.
@@ -43,6 +43,7 @@ class ModelType:
         preset: Whether it is a published model, of a type that has others too.
         unpublished: Why there is nothing to load where no model is named, if that is so.
         true_cfg: Whether guidance by a negative prompt has a scale of its own, ``true_cfg_scale``.
+        module: Where the pipeline classes are.
     """
 
     transformer_class: str
@@ -62,12 +63,13 @@ class ModelType:
     makes: str = "images"
     preset: bool = False
     unpublished: str = ""
+    module: str = "diffusers"
 
     @property
     def pipeline_classes(self) -> tuple[type[DiffusionPipeline], ...]:
-        """The diffusers classes themselves."""
-        diffusers = importlib.import_module("diffusers")
-        return tuple(getattr(diffusers, name) for name in self.pipelines)
+        """The classes themselves."""
+        module = importlib.import_module(self.module)
+        return tuple(getattr(module, name) for name in self.pipelines)
 
 
 @dataclass(frozen=True)

@@ -117,5 +117,15 @@ FAMILY = Family(
             configuration=TINY,
             reads_length=False,
         ),
+        "tiny-sgdiff": ModelType(
+            SPEC.transformer_class,
+            ("SceneGraphPipeline",),
+            lambda: shipped("tiny-sgdiff"),
+            "scene_graph",
+            3.0,
+            THRESHOLDS,
+            reads_length=False,
+            module="xfuser.model_executor.pipelines.scene_graph",
+        ),
     },
 )

@@ -53,10 +53,10 @@ class LoadedPipeline:
     def generate(
         self, conditions: list[Any], seeds: list[int], num_inference_steps: int, **sampling: Any
     ) -> np.ndarray:
-        """Generate one image or video per condition (labels or prompts), number i from the noise of seeds[i].
+        """Generate one image or video per condition, number i from the noise of seeds[i].
 
         Args:
-            conditions: Labels or prompts.
+            conditions: Labels, prompts or scene graphs; the last as JSON text, or as what that says.
             seeds: As many.
             num_inference_steps: Denoising steps.
             **sampling: The other arguments of `arguments`.
@@ -93,6 +93,8 @@ class LoadedPipeline:
         }
         if self.spec.conditioned_on == "label":
             arguments["class_labels"] = conditions
+        elif self.spec.conditioned_on == "scene_graph":
+            arguments["scene_graphs"] = conditions
         else:
             toy = self.name == f"{TOY}-{self.model_type}"
             own = {"height": SIZE, "width": SIZE} | self.spec.toy_arguments if toy else self.spec.call_arguments

@@ -24,7 +24,8 @@ _ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,119}")
 _ALIASES = {"steps": "num_inference_steps", "label": "class_label"}
 _OWN = ("prompt", "negative_prompt", "height", "width", "num_inference_steps", "guidance_scale", "max_sequence_length")
 # What the job gives the pipeline itself, or what is no plain value.
-_NOT_FROM_A_LINE = {"self", "generator", "output_type", "return_dict", "class_labels", "num_images_per_prompt"}
+_NOT_FROM_A_LINE = {"self", "generator", "output_type", "return_dict", "num_images_per_prompt"}
+_NOT_FROM_A_LINE |= {"class_labels", "scene_graphs"}
 KIND = ("num_inference_steps", "guidance_scale", "true_cfg_scale", "height", "width", "max_sequence_length", "others")
 
 
@@ -43,6 +44,7 @@ class Rules:
         defaults: What a line says that does not say it.
         guidance_scale: The model type's own.
         steps: The only number of steps that may be asked for, where a calibration is of that.
+        graphs: Whether prompts are scene graphs, as JSON text.
     """
 
     labelled: bool
@@ -55,6 +57,7 @@ class Rules:
     defaults: Mapping[str, Any]
     guidance_scale: float
     steps: int | None = None
+    graphs: bool = False
 
     @classmethod
     def of(
@@ -93,6 +96,7 @@ class Rules:
             {name: value for name, value in named.items() if value is not None},
             spec.guidance_scale,
             steps,
+            spec.conditioned_on == "scene_graph",
         )
 
     @property
@@ -164,6 +168,10 @@ def check_row(row: Mapping[str, Any], rules: Rules, position: int, file: str = "
             raise ValueError(f"{name!r} is not known{did_you_mean(str(name), rules.known) or _all(rules.known)}")
     identity = _identity(said.pop("id", None))
     condition = _label(said, rules) if rules.labelled else _text(said, "prompt")
+    if rules.graphs:
+        for name in ("negative_prompt", "max_sequence_length"):
+            if name in said:
+                raise ValueError(f"{name!r} does not go with this model, whose prompts are scene graphs; leave it out")
     negative = _text(said, "negative_prompt") if "negative_prompt" in said else rules.defaults.get("negative_prompt")
     seed = (
         _whole(said.pop("seed"), "seed", 0, LARGEST_SEED)
@@ -270,7 +278,7 @@ def _check_size(sampling: Mapping[str, Any], rules: Rules) -> None:
         if value % rules.multiple:
             near = max(rules.multiple, round(value / rules.multiple) * rules.multiple)
             raise ValueError(f"{name!r} {value} is not a multiple of {rules.multiple}; the nearest is {near}")
-        if rules.labelled and value != own:
+        if (rules.labelled or rules.graphs) and value != own:
             raise ValueError(f"{name!r} {value}: this model draws {rules.size[0]} x {rules.size[1]} only; leave it out")
 
 
