@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,13 +83,14 @@ def cached_scenes(workdir: Path, composer: Composer, count: int) -> Scenes:
 
 
 @torch.no_grad()
-def cached_latents(workdir: Path, vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+def cached_latents(args: argparse.Namespace, vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
     """Latents [N, 4, 16, 16], kept for as long as neither the scenes nor the autoencoder's checkpoint are newer."""
-    path = workdir / "latents.safetensors"
-    made_by = [workdir / "scenes.safetensors", workdir / "autoencoder.safetensors"]
+    path = args.workdir / "latents.safetensors"
+    made_by = [args.workdir / "scenes.safetensors", args.workdir / "autoencoder.safetensors"]
     if not path.exists() or path.stat().st_mtime < max(each.stat().st_mtime for each in made_by):
         batches = track(images.split(64), description="latents     ")
-        latents = torch.cat([vae.encode(batch / 127.5 - 1).latent_dist.mode() for batch in batches])
+        with args.autocast():
+            latents = torch.cat([vae.encode(batch / 127.5 - 1).latent_dist.mode().float() for batch in batches])
         with replacing(path) as temporary:
             save_file({"latents": latents}, temporary)
     return load_file(path)["latents"]

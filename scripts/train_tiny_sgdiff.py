@@ -193,7 +193,7 @@ def main() -> None:
         scenes = cached_scenes(args.workdir, Composer(sprites), args.scenes)
         vae = train_autoencoder(args, scenes)
     if {"encoder", "unet", "export"} & set(args.stages):
-        latents = cached_latents(args.workdir, vae, scenes.images)
+        latents = cached_latents(args, vae, scenes.images)
         encoder = train_encoder(args, latents, scenes)
     if {"unet", "export"} & set(args.stages):
         unet = train_unet(args, latents, scenes, encoder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 PREDICATES = ("left of", "right of", "above", "below", "inside", "on")
 INVERSES = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 SIZES = (13, 18, 30)  # pixels of the longer side: inside another, alone, and around another
-OUTER = SIZES[-1]
+INNER, ALONE, OUTER = SIZES
 HIDDEN = 17  # pixels of the side of an outer object's middle
+BORDER = 4  # pixels
 FOUND = 0.6  # the least correlation of an object that is there
-NEARLY = 0.08  # of correlation, by which the larger of two sizes may fit worse
 TOUCHING = 3  # pixels at most between what lies on something and that
 AT_ONCE = 32  # images
 
@@ -108,10 +108,11 @@ class Sprites:
 
 
 class RelationChecker:
-    """Finds the objects of scenes by normalised cross-correlation with every object at every size.
+    """Finds the objects of scenes by correlation with every object at every size.
 
-    The correlation is over the pixels that the object covers, all three colours together: the mean over them is taken
-    off the image and off the template, so that neither brightness nor contrast counts.
+    What lies on the ground is compared in a window around it, as a difference from the ground, so that its outline
+    counts. The smallest lie in containers, and are looked for in those that were found: in the pixels alone that they
+    cover, with the mean over them taken off the image and off the template.
     """
 
     def __init__(self, sprites: Sprites) -> None:
@@ -128,34 +129,29 @@ class RelationChecker:
         """
         if images.dim() != 4 or images.shape[1] != 3:
             raise ValueError(f"images have shape {tuple(images.shape)}; expected [N, 3, H, W] in [0, 1]")
-        return {size: self._scores_at(images.float(), size) for size in SIZES}
-
-    def _scores_at(self, images: torch.Tensor, size: int) -> torch.Tensor:
-        templates = self._templates[size]
-        kernels, masks = torch.zeros(len(templates), 3, size, size), torch.zeros(len(templates), 1, size, size)
-        for number, template in enumerate(templates):
-            height, width = template.shape[1:]
-            top, left = (size - height) // 2, (size - width) // 2
-            covered = (template[3] > 0.5).float()
+        images = images.float()
+        ground = images.flatten(2).median(dim=2).values
+        # Squares around narrow objects reach over the border.
+        differences = F.pad(images - ground[..., None, None], (BORDER,) * 4)
+        images = differences + ground[..., None, None]
+        result = {}
+        for size in SIZES:
+            canvas = self._canvas(size)
+            scores = _covered(images, canvas) if size == INNER else _windowed(differences, canvas, ground, size)
             if size == OUTER:
-                # Something else may lie there.
-                middle = [slice((side - HIDDEN) // 2, (side + HIDDEN) // 2) for side in (height, width)]
-                covered[middle[0], middle[1]] = 0
-            colours = template[:3] / template[3].clamp(min=1e-3) * covered
-            colours = (colours - colours.sum() / (3 * covered.sum())) * covered
-            kernels[number, :, top : top + height, left : left + width] = colours
-            masks[number, 0, top : top + height, left : left + width] = covered
-        count = 3 * masks.sum(dim=(1, 2, 3))[:, None, None]
-        products = F.conv2d(images, kernels)
-        sums, squares = (F.conv2d(each.sum(dim=1, keepdim=True), masks) for each in (images, images.square()))
-        deviation = (squares - sums.square() / count).clamp(min=1e-6).sqrt()
-        norms = kernels.square().sum(dim=(1, 2, 3)).sqrt()[:, None, None]
-        before = size // 2
-        after = size - 1 - before
-        scores = products / (deviation * norms)
-        if size == OUTER:
-            scores[:, ~self._contains] = -1
-        return F.pad(scores, (before, after, before, after), value=-1)
+                scores[:, ~self._contains] = -1
+            before = size // 2 - BORDER
+            after = size - 1 - size // 2 - BORDER
+            result[size] = F.pad(scores, (before, after, before, after), value=-1)
+        return result
+
+    def _canvas(self, size: int) -> torch.Tensor:
+        """All templates of a size in the middle of squares, [objects, 4, size, size]."""
+        canvas = torch.zeros(len(self.names), 4, size, size)
+        for square, template in zip(canvas, self._templates[size], strict=True):
+            top, left = ((size - side) // 2 for side in template.shape[1:])
+            square[:, top : top + template.shape[1], left : left + template.shape[2]] = template
+        return canvas
 
     def find(self, images: torch.Tensor) -> list[dict[str, Box]]:
         """Find the objects of each image: one is there where its template fits well, and no other so large better."""
@@ -163,25 +159,32 @@ class RelationChecker:
 
     def _find(self, images: torch.Tensor) -> list[dict[str, Box]]:
         scores = self.scores(images)
-        width = images.shape[-1]
+        outer = list(self._alone(scores[OUTER], OUTER))
+        within = torch.zeros_like(scores[INNER][:, :1], dtype=torch.bool)
+        for image, _, box, _ in outer:
+            top, left = int(box.top) + INNER // 2 - 1, int(box.left) + INNER // 2 - 1
+            bottom, right = (int(end) - INNER // 2 + 1 for end in (box.top + box.height, box.left + box.width))
+            within[image, 0, top:bottom, left:right] = True
+        inner = torch.where(within & ~self._contains[:, None, None], scores[INNER], -1)
+        found = [*outer, *self._alone(scores[ALONE], ALONE), *self._alone(inner, INNER)]
         result: list[dict[str, Box]] = [{} for _ in images]
-        scored: list[dict[str, float]] = [{} for _ in images]
-        for size, each in scores.items():
-            # Of all objects at this size, the best within a few pixels of each place.
-            rivals = F.max_pool2d(each, 7, 1, 3).amax(dim=1).flatten(1)
-            best, places = each.flatten(2).max(dim=2)
-            alone = best >= torch.maximum(rivals.gather(1, places) - 1e-6, torch.tensor(FOUND))
-            for image, number in alone.nonzero().tolist():
-                row, column = divmod(int(places[image, number]), width)
-                high, wide = self._templates[size][number].shape[1:]
-                left = column - size // 2 + (size - wide) // 2
-                top = row - size // 2 + (size - high) // 2
-                name, score = self.names[number], float(best[image, number])
-                box, before = Box(left, top, wide, high), scored[image].get(name, -1.0)
-                # A small template of one colour fits into an object almost as well as its own does.
-                if score >= before or (score >= before - NEARLY and result[image][name].within(box)):
-                    result[image][name], scored[image][name] = box, score
+        for image, name, box, _ in sorted(found, key=lambda each: each[3]):
+            result[image][name] = box
         return result
+
+    def _alone(self, scores: torch.Tensor, size: int) -> Iterator[tuple[int, str, Box, float]]:
+        """Find what fits well, and better than all other objects of this size within a few pixels: image, name, box and
+        score.
+        """
+        rivals = F.max_pool2d(scores, 7, 1, 3).amax(dim=1).flatten(1)
+        best, places = scores.flatten(2).max(dim=2)
+        alone = best >= torch.maximum(rivals.gather(1, places) - 1e-6, torch.tensor(FOUND))
+        for image, number in alone.nonzero().tolist():
+            row, column = divmod(int(places[image, number]), scores.shape[-1])
+            high, wide = self._templates[size][number].shape[1:]
+            left = column - size // 2 + (size - wide) // 2
+            top = row - size // 2 + (size - high) // 2
+            yield image, self.names[number], Box(left, top, wide, high), float(best[image, number])
 
     def check(self, images: torch.Tensor, graphs: Sequence[Graph]) -> list[list[bool]]:
         """Tell of each graph's relations, in their order, whether its image shows them.
@@ -202,6 +205,36 @@ class RelationChecker:
                 ]
             )
         return shown
+
+
+def _covered(images: torch.Tensor, canvas: torch.Tensor) -> torch.Tensor:
+    """Correlate in the pixels that templates cover, without their mean, all three colours together."""
+    masks = (canvas[:, 3:] > 0.5).float()
+    colours = canvas[:, :3] / canvas[:, 3:].clamp(min=1e-3) * masks
+    count = 3 * masks.sum(dim=(1, 2, 3), keepdim=True)
+    kernels = (colours - colours.sum(dim=(1, 2, 3), keepdim=True) / count) * masks
+    sums, squares = (F.conv2d(each.sum(dim=1, keepdim=True), masks) for each in (images, images.square()))
+    deviation = (squares - sums.square() / count[:, 0]).clamp(min=1e-6).sqrt()
+    return F.conv2d(images, kernels) / (deviation * kernels.square().sum(dim=(1, 2, 3)).sqrt()[:, None, None])
+
+
+def _windowed(differences: torch.Tensor, canvas: torch.Tensor, ground: torch.Tensor, size: int) -> torch.Tensor:
+    """Correlate windows around templates; images and templates are differences from each image's ground [N, 3]."""
+    # Up to a pixel around what each template covers.
+    rows, columns = (canvas[:, 3:].amax(dim=dim, keepdim=True) for dim in (3, 2))
+    window = F.max_pool2d((rows * columns > 0).float(), 3, 1, 1)
+    if size == OUTER:
+        # Something else may lie in the middle.
+        middle = slice((size - HIDDEN) // 2, (size + HIDDEN) // 2)
+        window[..., middle, middle] = 0
+    colours, alpha = (canvas * window).split([3, 1], dim=1)
+    shaded = (differences * ground[..., None, None]).sum(dim=1, keepdim=True)
+    products = F.conv2d(differences, colours) - F.conv2d(shaded, alpha)
+    energy = F.conv2d(differences.square().sum(dim=1, keepdim=True), window)
+    # Of each template as it is on this ground: colours - alpha * ground.
+    own = colours.square().sum(dim=(1, 2, 3)) - 2 * ground @ (colours * alpha).sum(dim=(2, 3)).T
+    own = own + ground.square().sum(dim=1, keepdim=True) * alpha.square().sum(dim=(1, 2, 3))
+    return products / (energy.clamp(min=1e-2).sqrt() * own.clamp(min=1e-2).sqrt()[..., None, None])
 
 
 def share_right(shown: Sequence[Sequence[bool]]) -> float:
