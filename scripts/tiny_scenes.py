@@ -56,7 +56,7 @@ def cut_sprites(path: Path) -> Sprites:
         edges = np.concatenate([regions[0], regions[-1], regions[:, 0], regions[:, -1]])
         outside = np.isin(regions, np.setdiff1d(edges, 0))
         if name == HOLLOW:
-            outside |= regions == regions[len(image) // 2, len(image) // 2]
+            outside |= (regions == regions[len(image) // 2, len(image) // 2]) & (regions > 0)
         # The pixels next to it are mixed with the white ground.
         covered = ~ndimage.binary_dilation(outside)
         rows, columns = (np.nonzero(covered.any(axis=axis))[0] for axis in (1, 0))
