@@ -88,7 +88,7 @@ def _add_generate(commands: argparse._SubParsersAction[OneLineParser]) -> None:
     generate = commands.add_parser(
         "generate",
         help="generate images (the default)",
-        usage='xdit generate --class_label BAG ... | --prompt "TEXT" ... [settings]',
+        usage='xdit generate --class_label BAG ... | --prompt "TEXT" ... | --scene_graph FILE ... [settings]',
         description="Generate images.",
         epilog=START,
         formatter_class=argparse.RawDescriptionHelpFormatter,

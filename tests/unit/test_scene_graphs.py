@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,19 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
+from benchmark import cache_execute
+from benchmark.common import captions_of, sampling_of
+from benchmark.measure import conditions_of
 from xfuser import cli
 from xfuser.model_executor.adapters import small
 from xfuser.model_executor.cache import apply_cache_on_pipeline
 from xfuser.model_executor.cache.adacorrection.trajectory import attach_trajectory
-from xfuser.model_executor.pipelines import load_pipeline
+from xfuser.model_executor.pipelines import MODEL_TYPES, load_pipeline
+from xfuser.model_executor.pipelines.choosing import resolve_model
 from xfuser.model_executor.pipelines.scene_graph import SceneGraphPipeline
 from xfuser.model_executor.pipelines.scene_graph_encoder import SceneGraphEncoder
 from xfuser.model_executor.pipelines.scene_graphs import Vocabulary, read_graph_files
+from xfuser.ray.batch.requests import Rules, check_row
 
 VOCABULARY = Vocabulary(("apple", "box", "cat"), ("left of", "inside"), 3, 2)
 GRAPH = {"objects": ["apple", "box"], "relations": [[0, "inside", 1]]}
@@ -230,3 +237,35 @@ def test_what_does_not_go_with_scene_graphs_is_one_line(
     assert "--class_label does not go with" in refused(capsys, *model, *graph, "--class_label", "bag")
     said = refused(capsys, "--model_type", "flux", "--prompt", "a fox", "--scene_graph", str(wrong))
     assert "--scene_graph does not go with --model_type flux; leave it out, or name tiny-sgdiff" in said
+
+
+# -- what else takes prompts -------------------------------------------------------------------------------------------
+
+
+def test_a_line_of_a_job_names_a_graph_as_its_prompt(folder: Path) -> None:
+    rules = Rules.of("tiny-sgdiff", str(folder), 2)
+    assert "scene_graphs" not in rules.known
+    line = {"id": "a", "prompt": json.dumps(GRAPH)}
+    assert check_row(line, rules, 0).condition == json.dumps(GRAPH)
+    for name, value, said in (("height", 64, "draws 32 x 32 only"), ("negative_prompt", "fog", "leave it out")):
+        with pytest.raises(ValueError, match=said):
+            check_row(line | {name: value}, rules, 0)
+
+
+def test_benchmarks_draw_the_models_own_graphs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = shutil.copytree(folder, tmp_path / "model")
+    (model / "evaluation").mkdir()
+    (model / "evaluation" / "scene_graphs.json").write_text(json.dumps([GRAPH, OTHER]))
+    kind = dataclasses.replace(MODEL_TYPES["tiny-sgdiff"], default=lambda: model)
+    monkeypatch.setitem(MODEL_TYPES, "tiny-sgdiff", kind)
+    own = [json.dumps(GRAPH), json.dumps(OTHER)]
+    assert captions_of("tiny-sgdiff") == own
+    args = cache_execute.parser().parse_args(["--model", "tiny-sgdiff", "--num_images", "2"])
+    resolve_model(args)
+    sampling = sampling_of(args)
+    assert sampling.prompts == tuple(own) and sampling.guidance_scale == 3.0
+    loaded = load_pipeline("tiny-sgdiff")
+    assert loaded.generate(conditions_of(loaded, sampling, 0, 2), [0, 1], 1).shape == (2, 32, 32, 3)
+    args.height = 64
+    with pytest.raises(ValueError, match="--height.*draws one size only"):
+        sampling_of(args)
