@@ -55,7 +55,7 @@ CREDITS = """# tiny-sgdiff
 
 A small `SceneGraphPipeline` after SGDiff (arXiv 2211.11138), made by `scripts/train_tiny_sgdiff.py`. It was trained on
 scenes that the script composes of emoji of Noto Emoji (Copyright Google, Apache-2.0); its autoencoder is tiny-flux's,
-trained on, which saw Twemoji (CC-BY 4.0, Twitter, Inc and other contributors) too. `evaluation/objects.safetensors`
+trained on, which saw Twemoji (CC-BY 4.0, Twitter, Inc and other contributors) too. `evaluation/objects.png`
 holds the emoji that scenes are composed of.
 """
 
@@ -143,7 +143,7 @@ def export(
     pipeline.save_pretrained(args.output, safe_serialization=True)
     write_text(args.output / "README.md", CREDITS)
     (args.output / "evaluation").mkdir(exist_ok=True)
-    with replacing(args.output / "evaluation" / "objects.safetensors") as temporary:
+    with replacing(args.output / "evaluation" / "objects.png") as temporary:
         sprites.save(temporary)
     composer = Composer(sprites, held_out=True)
     graphs = [json.dumps(composer.compose(number).graph) for number in range(GRAPHS)]

@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 PREDICATES = ("left of", "right of", "above", "below", "inside", "on")
 INVERSES = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 SIZES = (13, 18, 30)  # pixels of the longer side: inside another, alone, and around another
 INNER, ALONE, OUTER = SIZES
 HIDDEN = 17  # pixels of the side of an outer object's middle
+KEY = "sprites"  # of a PNG's text
 BORDER = 4  # pixels
 FOUND = 0.6  # the least correlation of an object that is there
 TOUCHING = 3  # pixels at most between what lies on something and that
@@ -95,16 +97,30 @@ class Sprites:
         return F.interpolate(whole[None], shape, mode="bilinear", antialias=True)[0].clamp(0, 1)
 
     def save(self, path: Path) -> None:
-        """Write them into a safetensors file, in their order."""
-        tensors = {f"{number:02}.{name}": each.contiguous() for number, (name, each) in enumerate(self.cut.items())}
-        save_file(tensors, path, metadata={"containers": json.dumps(self.containers)})
+        """Write them into a PNG, side by side, with their names and sizes as its text."""
+        sizes = [each.shape[1:] for each in self.cut.values()]
+        sheet = torch.zeros(max(high for high, _ in sizes), sum(wide for _, wide in sizes), 4, dtype=torch.uint8)
+        left = 0
+        for each in self.cut.values():
+            high, wide = each.shape[1:]
+            sheet[:high, left : left + wide] = each.permute(1, 2, 0)
+            left += wide
+        told = {"objects": {name: list(each.shape[1:]) for name, each in self.cut.items()}}
+        text = PngInfo()
+        text.add_text(KEY, json.dumps(told | {"containers": self.containers}))
+        Image.fromarray(sheet.numpy()).save(path, format="PNG", pnginfo=text)
 
     @classmethod
     def load(cls, path: Path) -> Sprites:
         """Read what `save` wrote."""
-        with safe_open(path, framework="pt") as opened:
-            cut = {key.partition(".")[2]: opened.get_tensor(key) for key in sorted(opened.keys())}
-            return cls(cut, json.loads(opened.metadata()["containers"]))
+        with Image.open(path) as opened:
+            told = json.loads(opened.text[KEY])
+            sheet = torch.from_numpy(np.array(opened)).permute(2, 0, 1)
+        cut, left = {}, 0
+        for name, (high, wide) in told["objects"].items():
+            cut[name] = sheet[:, :high, left : left + wide].contiguous()
+            left += wide
+        return cls(cut, told["containers"])
 
 
 class RelationChecker:

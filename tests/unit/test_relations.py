@@ -84,8 +84,8 @@ def test_held_out_combinations_are_never_trained_on(sprites: Sprites) -> None:
 
 
 def test_objects_are_read_as_they_were_written(sprites: Sprites, tmp_path: Path) -> None:
-    sprites.save(tmp_path / "objects.safetensors")
-    read = Sprites.load(tmp_path / "objects.safetensors")
+    sprites.save(tmp_path / "objects.png")
+    read = Sprites.load(tmp_path / "objects.png")
     assert read.names == sprites.names and read.containers == list(CONTAINERS)
     assert all(torch.equal(read.cut[name], sprites.cut[name]) for name in OBJECTS)
     assert read.at("banana", 18).shape == (4, 18, 18)

@@ -133,6 +133,6 @@ def test_the_shipped_model_draws_what_graphs_say() -> None:
     assert record["generated"] >= 0.8
     graphs = json.loads((model / "evaluation" / "scene_graphs.json").read_text())[:12]
     images = load_pipeline("tiny-sgdiff").generate(graphs, list(range(12)), num_inference_steps=20)
-    checker = RelationChecker(Sprites.load(model / "evaluation" / "objects.safetensors"))
+    checker = RelationChecker(Sprites.load(model / "evaluation" / "objects.png"))
     assert share_right(checker.check(torch.from_numpy(images).permute(0, 3, 1, 2), graphs)) >= 0.6
     assert shipped_trajectory("tiny-sgdiff", 50) is not None
