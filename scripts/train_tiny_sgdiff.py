@@ -64,6 +64,7 @@ def train_autoencoder(args: argparse.Namespace, scenes: Scenes) -> AutoencoderKL
     """Train tiny-flux's autoencoder on with scenes, then make its latents standard."""
     plan = args.plan("autoencoder", steps=args.autoencoder_steps, learning_rate=1e-3, ema=0.99, batch_size=16)
     vae = AutoencoderKL.from_pretrained(args.parts / "vae").float()
+    vae.register_to_config(_name_or_path=args.parts.name)  # the folder's whole path would be exported
     training = Training("autoencoder", vae, plan)
 
     def loss_at(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -68,6 +68,7 @@ def test_the_script_makes_a_small_pipeline(folder: Path) -> None:
     record = json.loads((model / "evaluation" / "relations.json").read_text())
     assert record["graphs"] == 16 and record["composed"] > record["generated"]
     assert (folder / "grid.png").stat().st_size > 0
+    assert not any(str(folder) in path.read_text() for path in model.rglob("*.json"))
     assert "CC-BY 4.0" in (model / "README.md").read_text()
 
 
