@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,11 +39,14 @@ def add_evaluation_arguments(group: Any, output: str) -> None:
 
 
 def captions_of(model_type: str) -> list[str]:
-    """List the captions that a shipped model was trained on: its matcher's, or that of the model whose parts it has."""
+    """List the captions that a shipped model was trained on.
+
+    They are those of its tracker or matcher, or of the matcher of the model whose parts it has.
+    """
     folder = shipped_models().get(model_type)
     owners = [] if folder is None else [folder, *(part.parent for part in shared_parts(folder).values())]
-    for owner in owners:
-        path = owner / "evaluation" / "matcher.safetensors"
+    for owner, name in itertools.product(owners, ("objects.safetensors", "matcher.safetensors")):
+        path = owner / "evaluation" / name
         if path.is_file():
             with safe_open(path, framework="pt") as opened:
                 return sorted(json.loads(opened.metadata()["captions"]))

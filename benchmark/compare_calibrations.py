@@ -34,9 +34,10 @@ from xfuser.core.console import check_output_folder, quiet_libraries  # noqa: E4
 quiet_libraries()
 
 from benchmark.common import captions_of, spread  # noqa: E402
+from benchmark.judge import closeness  # noqa: E402
 from benchmark.measure import DEFAULT_PROMPTS, Sampling, conditions_of  # noqa: E402
 from benchmark.peer_tools import BlockCounter, Polynomial, StepCache, evenly  # noqa: E402
-from evaluation.metrics import difference_interval, mean_interval, psnr, worst_tenth  # noqa: E402
+from evaluation.metrics import difference_interval, mean_interval, worst_tenth  # noqa: E402
 from xfuser.config.arguments import positive  # noqa: E402
 from xfuser.core.distributed.environment import describe_environment  # noqa: E402
 from xfuser.core.files import write_json  # noqa: E402
@@ -110,7 +111,7 @@ def judge(
         for path in files:
             engine = attach_trajectory(loaded.pipeline, adacorr_budget=budget, calibration=str(path))
             try:
-                near = psnr(_images(loaded, sampling), uncached)
+                near = closeness(_images(loaded, sampling), uncached)[0]
             finally:
                 engine.remove()
             first = near if first is None else first
@@ -119,7 +120,7 @@ def judge(
             done(rows[-1])
         if opponents and first is not None:
             for name, images in _opponents(loaded, sampling, denoiser, int(budget * sampling.num_inference_steps)):
-                rows.append(_row(budget, name, counter.take() / work, psnr(images, uncached), first))
+                rows.append(_row(budget, name, counter.take() / work, closeness(images, uncached)[0], first))
                 done(rows[-1])
     counter.undo()
     return rows
