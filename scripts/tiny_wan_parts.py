@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanResidualBlock, unpatchify
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample, WanResidualBlock, unpatchify
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 from torch import nn
 from transformers import PreTrainedTokenizerFast, T5EncoderModel
@@ -54,11 +54,17 @@ def _prepare(vae: AutoencoderKLWan) -> None:
     """
     for module in vae.modules():
         if isinstance(module, nn.Conv2d | nn.Conv3d):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+            nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
+            # At first a frame is made of itself alone, as an image: what one learns from images holds for clips.
+            own = module.weight if isinstance(module, nn.Conv2d) else module.weight[:, :, -1]
+            nn.init.kaiming_normal_(own, nonlinearity="linear")
     for module in vae.modules():
         if isinstance(module, WanResidualBlock):
             nn.init.zeros_(module.conv2.weight)
+        if isinstance(module, WanResample) and hasattr(module, "time_conv"):
+            weight = module.time_conv.weight[:, :, -1, 0, 0]
+            weight.copy_(torch.eye(module.dim).repeat(len(weight) // module.dim, 1))
     vae.quant_conv.bias[LATENT_CHANNELS:] = -6  # latents begin with little noise
     vae.quant_conv.weight[LATENT_CHANNELS:] *= 0.1
     vae.decoder.conv_out.bias.fill_(0.6)  # light grounds, in [-1, 1]

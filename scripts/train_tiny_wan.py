@@ -6,6 +6,7 @@ Stages, each chosen with --stages (all by default); trainings resume from their 
 - ``transformer``: a WanTransformer3DModel on 64 tokens, which foretells noise - x at logit-normal times (rectified
   flow; Esser et al., arXiv 2403.03206). A tenth of the phrases are dropped (classifier-free guidance, arXiv
   2207.12598). Its text encoder is tiny-flux's T5, frozen.
+- ``decoder``: the autoencoder's second half alone, for as long as there is time.
 - ``export``: a diffusers.WanPipeline folder in half precision. Text encoder and tokenizer are linked (shared.json) to
   the tiny-flux beside it; what the checker looks for lies in ``evaluation``.
 - ``judge``: how often the object and its direction are right, for pairs of them that were trained on and for others.
@@ -30,7 +31,7 @@ from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from rich.progress import track
 from safetensors.torch import load_file, save_file
-from tiny_wan_clips import Sprites, draw_clips, load_sprites, phrase_of, split_pairs
+from tiny_wan_clips import FRAMES, SIZE, Sprites, draw_clips, load_sprites, phrase_of, split_pairs
 from tiny_wan_parts import (
     EagerAttention,
     Text,
@@ -39,7 +40,8 @@ from tiny_wan_parts import (
     build_transformer,
     decode_unclamped,
 )
-from train_tiny_flux import plan_stage
+from torch import nn
+from train_tiny_flux import checkpoint, plan_stage
 from training import Training, add_run_arguments, autocast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -50,7 +52,9 @@ from xfuser.core.files import replacing, write_text  # noqa: E402
 from xfuser.model_executor.pipelines.shipped import INDEX, SHARED, shipped_types  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = ("autoencoder", "transformer", "export", "judge")
+STAGES = ("autoencoder", "transformer", "decoder", "export", "judge")
+CROP, CROP_FRAMES = 32, 5
+IMAGE_STEPS = 400  # of the autoencoder, which sees single frames at first
 LINKED = {"text_encoder": "text_encoder_2", "tokenizer": "tokenizer_2"}
 CREDITS = """# tiny-wan
 
@@ -60,15 +64,33 @@ encoder is tiny-flux's.
 """
 
 
+def distance(decoded: torch.Tensor, target: torch.Tensor, sharpness: float = 1.0) -> torch.Tensor:
+    """Squared errors of colours and of hues, and by ``sharpness`` absolute ones of colours and edges."""
+    # Rare colours come back grey unless the hue counts for itself.
+    hue, wanted = (F.avg_pool3d(each - each.mean(dim=1, keepdim=True), (1, 4, 4)) for each in (decoded, target))
+    squares = F.mse_loss(decoded, target) + 4 * F.mse_loss(hue, wanted)
+    edges = sum(F.l1_loss(decoded.diff(dim=d), target.diff(dim=d)) for d in (3, 4))
+    return 4 * squares + sharpness * (F.l1_loss(decoded, target) + edges)
+
+
 def train_autoencoder(args: argparse.Namespace, sprites: Sprites) -> AutoencoderKLWan:
-    """Train the autoencoder on composed clips."""
-    plan = args.plan("autoencoder", steps=args.autoencoder_steps, learning_rate=1.5e-3, ema=0.99, batch_size=2)
+    """Train the autoencoder, on parts of single frames at first, then on clips and parts of them."""
+    plan = args.plan("autoencoder", steps=args.autoencoder_steps, learning_rate=5e-4, ema=0.99, batch_size=64)
     training = Training("autoencoder", build_autoencoder(), plan)
     vae = training.module
     pairs = split_pairs(sprites.names)[0]
 
     def loss_at(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        target = draw_clips(sprites, [pairs[index] for index in indices], generator)
+        images = training.step < IMAGE_STEPS
+        whole = not images and torch.rand((), generator=generator) < 0.3
+        chosen = indices if images else indices[:2] if whole else indices[:16]
+        target = draw_clips(sprites, [pairs[index] for index in chosen], generator)
+        if not whole:
+            # Small parts of many clips teach more than few whole ones, which show the attention whole frames.
+            length = 1 if images else CROP_FRAMES
+            first = 4 * int(torch.randint(0, FRAMES // 4, (), generator=generator))
+            top, left = (16 * torch.randint(0, (SIZE - CROP) // 16 + 1, (2,), generator=generator)).tolist()
+            target = target[:, :, first : first + length, top : top + CROP, left : left + CROP]
         target = target * 2 - 1
         with args.autocast():
             posterior = vae.encode(target).latent_dist
@@ -76,11 +98,9 @@ def train_autoencoder(args: argparse.Namespace, sprites: Sprites) -> Autoencoder
         with args.autocast():
             decoded = decode_unclamped(vae, posterior.sample(generator=generator)).float()
         divergence = posterior.kl().mean() / posterior.mean[0].numel()
-        squares = F.mse_loss(decoded, target)
         # Absolute errors are least, at first, for an even grey, and the latents are never learnt to be used.
-        sharpness = min(1.0, training.step / 600)
-        edges = sum(F.l1_loss(decoded.diff(dim=d), target.diff(dim=d)) for d in (3, 4))
-        return 4 * squares + sharpness * (F.l1_loss(decoded, target) + edges) + 1e-3 * divergence
+        sharpness = min(1.0, max(0.0, training.step / IMAGE_STEPS - 1))
+        return distance(decoded, target, sharpness) + 1e-3 * divergence
 
     training.run(loss_at, len(pairs))
     return training.averaged()
@@ -92,23 +112,42 @@ def encode_clips(vae: AutoencoderKLWan, clips: torch.Tensor) -> torch.Tensor:
     return vae.encode(clips * 2 - 1).latent_dist.mode()
 
 
-def bank_of_latents(args: argparse.Namespace, vae: AutoencoderKLWan, sprites: Sprites) -> torch.Tensor:
-    """Latents of clips of the trained pairs in turn, kept for as long as the autoencoder is not trained on."""
-    path, made_by = args.workdir / "latents.safetensors", args.workdir / "autoencoder.safetensors"
+def bank_of_clips(args: argparse.Namespace, vae: AutoencoderKLWan, sprites: Sprites) -> dict[str, torch.Tensor]:
+    """Clips of the trained pairs in turn (uint8), and their latents, kept while the autoencoder is not trained on."""
+    path, made_by = args.workdir / "clips.safetensors", args.workdir / "autoencoder.safetensors"
     if path.exists() and path.stat().st_mtime >= made_by.stat().st_mtime:
-        latents = load_file(path)["latents"]
-        if len(latents) == args.clips:
-            return latents
+        bank = load_file(path)
+        if len(bank["latents"]) == args.clips:
+            return bank
     pairs = split_pairs(sprites.names)[0]
-    batches = []
-    for start in track(range(0, args.clips, 8), description="latents     "):
-        generator = torch.Generator().manual_seed((args.seed + 1) * 1_000_003 + start)
-        chosen = [pairs[place % len(pairs)] for place in range(start, min(start + 8, args.clips))]
-        batches.append(encode_clips(vae, draw_clips(sprites, chosen, generator)))
-    latents = torch.cat(batches)
+    generator = torch.Generator().manual_seed((args.seed + 1) * 1_000_003)
+    clips = draw_clips(sprites, [pairs[place % len(pairs)] for place in range(args.clips)], generator)
+    latents = torch.cat([encode_clips(vae, each) for each in track(clips.split(8), description="latents     ")])
+    bank = {"latents": latents, "clips": (clips * 255).round().byte()}
     with replacing(path) as temporary:
-        save_file({"latents": latents}, temporary)
-    return latents
+        save_file(bank, temporary)
+    return bank
+
+
+def train_decoder(args: argparse.Namespace, vae: AutoencoderKLWan, sprites: Sprites) -> None:
+    """Train the autoencoder's second half alone, which leaves the latents as the transformer knows them."""
+    plan = args.plan("decoder", steps=args.decoder_steps, learning_rate=5e-4, ema=0.99, batch_size=6)
+    training = Training("decoder", nn.ModuleList([vae.post_quant_conv, vae.decoder]).requires_grad_(True), plan)
+    bank = bank_of_clips(args, vae, sprites)
+    spread = 0.05 * bank["latents"].std(dim=(0, 2, 3, 4), keepdim=True)
+
+    def loss_at(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        whole = torch.rand((), generator=generator) < 0.5
+        chosen, length = (indices[:3], FRAMES) if whole else (indices, CROP_FRAMES)
+        latents = bank["latents"][chosen, :, : length // 4 + 1]
+        # What a transformer makes is not quite what the encoder does.
+        latents = latents + spread[0] * torch.randn(latents.shape, generator=generator)
+        with args.autocast():
+            decoded = decode_unclamped(vae, latents).float()
+        return distance(decoded, bank["clips"][chosen, :, :length].float() / 127.5 - 1)
+
+    training.run(loss_at, len(bank["latents"]))
+    training.averaged()
 
 
 def scale_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
@@ -123,12 +162,12 @@ def train_transformer(
 ) -> WanTransformer3DModel:
     """Train the transformer on latents of clips, from phrases of which a tenth are dropped."""
     plan = args.plan(
-        "transformer", steps=args.transformer_steps, learning_rate=1.5e-3, ema=args.ema, batch_size=args.batch_size
+        "transformer", steps=args.transformer_steps, learning_rate=1e-3, ema=args.ema, batch_size=args.batch_size
     )
     transformer = build_transformer(text.channels)
     transformer.set_attn_processor(EagerAttention())
     training = Training("transformer", transformer, plan)
-    latents = scale_latents(vae, bank_of_latents(args, vae, sprites))
+    latents = scale_latents(vae, bank_of_clips(args, vae, sprites)["latents"])
     pairs = split_pairs(sprites.names)[0]
 
     def loss_at(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -188,9 +227,10 @@ def parse_args() -> argparse.Namespace:
     add("--stages", nargs="+", choices=STAGES, default=STAGES, help="those to run; the others' checkpoints are read")
     add("--minutes", type=float, help="wall-clock minutes after which each training of this run ends (default: none)")
     add("--autoencoder_steps", type=int, default=6000, help="batches (default: %(default)s)")
+    add("--decoder_steps", type=int, default=4000, help="batches (default: %(default)s)")
     add("--transformer_steps", type=int, default=20000, help="batches (default: %(default)s)")
-    add("--clips", type=int, default=5600, help="composed for the transformer's training (default: %(default)s)")
-    add("--batch_size", type=int, default=32, help="clips a batch of the transformer (default: %(default)s)")
+    add("--clips", type=int, default=1344, help="composed for the transformer's training (default: %(default)s)")
+    add("--batch_size", type=int, default=16, help="clips a batch of the transformer (default: %(default)s)")
     add("--ema", type=float, default=0.998, help="decay of the transformer's averaged weights (default: %(default)s)")
     add_judging_arguments(parser)
     add_run_arguments(parser)
@@ -211,6 +251,8 @@ def main() -> None:
     sprites = load_sprites(args.data)
     args.plan = partial(plan_stage, args)
     vae = train_autoencoder(args, sprites)
+    if "decoder" in args.stages or checkpoint(args, "decoder").exists():
+        train_decoder(args, vae, sprites)
     if {"transformer", "export"} & set(args.stages):
         text = Text.load(args.parts)
         transformer = train_transformer(args, vae, sprites, text)
