@@ -18,7 +18,7 @@ from xfuser.model_executor.pipelines import load_pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 OBJECTS_FILE = "objects.safetensors"
-AT_ONCE = 8
+AT_ONCE = 16
 SHOWN = (
     *(("rocket", "up"), ("turtle", "right"), ("blue heart", "left"), ("cat face", "down")),
     *(("taxi", "right"), ("pineapple", "down"), ("butterfly", "up"), ("red apple", "left")),
@@ -31,7 +31,7 @@ ENLARGED = 2
 def add_judging_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the stage ``judge`` makes, and how."""
     add = parser.add_argument
-    add("--judged", type=int, default=160, help="clips of held-out pairs, and of trained ones (default: %(default)s)")
+    add("--judged", type=int, default=96, help="clips of held-out pairs, and of trained ones (default: %(default)s)")
     add("--judged_steps", type=int, default=50, help="denoising steps of judged clips (default: %(default)s)")
     add("--guidance_scale", type=float, help="of judged clips (default: the model's own)")
     images = ROOT / "docs" / "images"
