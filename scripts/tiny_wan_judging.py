@@ -21,7 +21,7 @@ OBJECTS_FILE = "objects.safetensors"
 AT_ONCE = 16
 SHOWN = (
     *(("rocket", "up"), ("turtle", "right"), ("blue heart", "left"), ("cat face", "down")),
-    *(("taxi", "right"), ("pineapple", "down"), ("butterfly", "up"), ("red apple", "left")),
+    *(("taxi", "right"), ("pineapple", "down"), ("crab", "up"), ("strawberry", "left")),
 )
 SHOWN_FRAMES = (0, 3, 6, 9, 12)
 MILLISECONDS = 120  # a frame of the animation
