@@ -13,6 +13,7 @@ at evenly spaced steps.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -103,7 +104,11 @@ def judge(
     """
     (denoiser,) = denoisers_of(loaded.pipeline)
     counter = BlockCounter((block, 1.0) for block in spec_of(denoiser).blocks(denoiser))
+    calls: list[None] = []
+    counted = denoiser.register_forward_hook(lambda *call: calls.append(None))
     uncached = _images(loaded, sampling)
+    counted.remove()
+    branches = len(calls) // (sampling.num_inference_steps * math.ceil(sampling.num_images / sampling.batch_size))
     work = counter.take()
     rows: list[dict[str, Any]] = []
     for budget in budgets:
@@ -119,7 +124,8 @@ def judge(
             rows.append(_row(budget, name, counter.take() / work, near, first))
             done(rows[-1])
         if opponents and first is not None:
-            for name, images in _opponents(loaded, sampling, denoiser, int(budget * sampling.num_inference_steps)):
+            evaluations = int(budget * sampling.num_inference_steps)
+            for name, images in _opponents(loaded, sampling, denoiser, evaluations, branches):
                 rows.append(_row(budget, name, counter.take() / work, closeness(images, uncached)[0], first))
                 done(rows[-1])
     counter.undo()
@@ -139,12 +145,12 @@ def _row(budget: float, name: str, cost: float, near: np.ndarray, first: np.ndar
 
 
 def _opponents(
-    loaded: LoadedPipeline, sampling: Sampling, denoiser: nn.Module, evaluations: int
+    loaded: LoadedPipeline, sampling: Sampling, denoiser: nn.Module, evaluations: int, branches: int
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Make the images of what anyone can do without a calibration, with so many evaluations."""
     yield f"{evaluations} steps", _images(loaded, replace(sampling, num_inference_steps=evaluations))
     steps = sampling.num_inference_steps
-    StepCache(denoiser, steps, evenly(evaluations, steps), Polynomial(1))
+    StepCache(denoiser, steps, evenly(evaluations, steps), Polynomial(1), branches)
     try:
         yield f"order 1 at {evaluations} even steps", _images(loaded, sampling)
     finally:
