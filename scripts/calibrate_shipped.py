@@ -34,7 +34,7 @@ GRIDS = {
     "tiny-dit": {"ddim-20": 20, "ddim-28": 28, "ddim-50": 50, "dpm++2m-25": 25},
     "tiny-flux": {"euler-28": 28, "euler-50": 50},
     "tiny-sd": {"ddim-50": 50},
-    "tiny-wan": {"unipc-28": 28, "unipc-50": 50},
+    "tiny-wan": {"unipc-50": 50},
 }
 
 
