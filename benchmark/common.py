@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,15 +42,16 @@ def add_evaluation_arguments(group: Any, output: str) -> None:
 
 
 def captions_of(model_type: str) -> list[str]:
-    """List what a shipped model can be asked for: its scene graphs, as JSON text; or the captions that it was trained
-    on, its matcher's or that of the model whose parts it has.
+    """List what a shipped model can be asked for: its scene graphs, as JSON text, or the captions it was trained on.
+
+    Captions are those of its tracker or matcher, or of the matcher of the model whose parts it has.
     """
     folder = shipped_models().get(model_type)
     if folder is not None and MODEL_TYPES[model_type].conditioned_on == "scene_graph":
         return [json.dumps(graph) for graph in json.loads((folder / "evaluation" / GRAPHS).read_text(encoding="utf-8"))]
     owners = [] if folder is None else [folder, *(part.parent for part in shared_parts(folder).values())]
-    for owner in owners:
-        path = owner / "evaluation" / "matcher.safetensors"
+    for owner, name in itertools.product(owners, ("objects.safetensors", "matcher.safetensors")):
+        path = owner / "evaluation" / name
         if path.is_file():
             with safe_open(path, framework="pt") as opened:
                 return sorted(json.loads(opened.metadata()["captions"]))

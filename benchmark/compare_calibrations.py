@@ -13,6 +13,7 @@ at evenly spaced steps.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -34,9 +35,10 @@ from xfuser.core.console import check_output_folder, quiet_libraries  # noqa: E4
 quiet_libraries()
 
 from benchmark.common import captions_of, spread  # noqa: E402
+from benchmark.judge import closeness  # noqa: E402
 from benchmark.measure import DEFAULT_PROMPTS, Sampling, conditions_of  # noqa: E402
 from benchmark.peer_tools import BlockCounter, Polynomial, StepCache, evenly  # noqa: E402
-from evaluation.metrics import difference_interval, mean_interval, psnr, worst_tenth  # noqa: E402
+from evaluation.metrics import difference_interval, mean_interval, worst_tenth  # noqa: E402
 from xfuser.config.arguments import positive  # noqa: E402
 from xfuser.core.distributed.environment import describe_environment  # noqa: E402
 from xfuser.core.files import write_json  # noqa: E402
@@ -102,7 +104,11 @@ def judge(
     """
     (denoiser,) = denoisers_of(loaded.pipeline)
     counter = BlockCounter((block, 1.0) for block in spec_of(denoiser).blocks(denoiser))
+    calls: list[None] = []
+    counted = denoiser.register_forward_hook(lambda *call: calls.append(None))
     uncached = _images(loaded, sampling)
+    counted.remove()
+    branches = len(calls) // (sampling.num_inference_steps * math.ceil(sampling.num_images / sampling.batch_size))
     work = counter.take()
     rows: list[dict[str, Any]] = []
     for budget in budgets:
@@ -110,7 +116,7 @@ def judge(
         for path in files:
             engine = attach_trajectory(loaded.pipeline, adacorr_budget=budget, calibration=str(path))
             try:
-                near = psnr(_images(loaded, sampling), uncached)
+                near = closeness(_images(loaded, sampling), uncached)[0]
             finally:
                 engine.remove()
             first = near if first is None else first
@@ -118,8 +124,9 @@ def judge(
             rows.append(_row(budget, name, counter.take() / work, near, first))
             done(rows[-1])
         if opponents and first is not None:
-            for name, images in _opponents(loaded, sampling, denoiser, int(budget * sampling.num_inference_steps)):
-                rows.append(_row(budget, name, counter.take() / work, psnr(images, uncached), first))
+            evaluations = int(budget * sampling.num_inference_steps)
+            for name, images in _opponents(loaded, sampling, denoiser, evaluations, branches):
+                rows.append(_row(budget, name, counter.take() / work, closeness(images, uncached)[0], first))
                 done(rows[-1])
     counter.undo()
     return rows
@@ -138,12 +145,12 @@ def _row(budget: float, name: str, cost: float, near: np.ndarray, first: np.ndar
 
 
 def _opponents(
-    loaded: LoadedPipeline, sampling: Sampling, denoiser: nn.Module, evaluations: int
+    loaded: LoadedPipeline, sampling: Sampling, denoiser: nn.Module, evaluations: int, branches: int
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Make the images of what anyone can do without a calibration, with so many evaluations."""
     yield f"{evaluations} steps", _images(loaded, replace(sampling, num_inference_steps=evaluations))
     steps = sampling.num_inference_steps
-    StepCache(denoiser, steps, evenly(evaluations, steps), Polynomial(1))
+    StepCache(denoiser, steps, evenly(evaluations, steps), Polynomial(1), branches)
     try:
         yield f"order 1 at {evaluations} even steps", _images(loaded, sampling)
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import gc
 import json
@@ -220,26 +221,40 @@ class Weighted:
 
 
 class StepCache:
-    """Evaluates the denoiser at chosen steps only; a forecaster gives its output at the others."""
+    """Evaluates the denoiser at chosen steps only; a forecaster gives its output at the others.
 
-    def __init__(self, transformer: nn.Module, steps: int, evaluated: Sequence[int], forecaster: Forecaster) -> None:
+    Where guidance calls the denoiser ``branches`` times a step, each branch has a forecaster like the given one.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        steps: int,
+        evaluated: Sequence[int],
+        forecaster: Forecaster,
+        branches: int = 1,
+    ) -> None:
         if 0 not in evaluated:
             raise ValueError("step 0 has nothing before it to be forecast from; it must be evaluated")
-        self._steps, self._evaluated, self._forecaster = steps, frozenset(evaluated), forecaster
-        self._step = 0
+        self._steps, self._evaluated = steps, frozenset(evaluated)
+        self._forecasters = [forecaster, *(copy.deepcopy(forecaster) for _ in range(branches - 1))]
+        self._call = 0
         self._original = transformer.forward
         transformer.forward = self._forward
 
     def _forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
-        step, self._step = self._step, (self._step + 1) % self._steps
+        branches = len(self._forecasters)
+        call, self._call = self._call, (self._call + 1) % (self._steps * branches)
+        step, branch = divmod(call, branches)
+        forecaster = self._forecasters[branch]
         if step == 0:
-            self._forecaster.clear()
+            forecaster.clear()
         evaluated = step in self._evaluated
         if evaluated:
             output = self._original(*args, return_dict=False, **kwargs)[0]
         else:
-            output = self._forecaster.predict(step)
-        self._forecaster.remember(step, output, evaluated)
+            output = forecaster.predict(step)
+        forecaster.remember(step, output, evaluated)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
 

@@ -35,6 +35,7 @@ GRIDS = {
     "tiny-flux": {"euler-28": 28, "euler-50": 50},
     "tiny-sd": {"ddim-50": 50},
     "tiny-sgdiff": {"ddim-50": 50},
+    "tiny-wan": {"unipc-50": 50},
 }
 
 

@@ -186,6 +186,18 @@ def test_first_order_is_exact_on_a_line(count: int) -> None:
     assert denoiser.calls == 2 * count
 
 
+def test_branches_of_guidance_are_forecast_apart() -> None:
+    start, slope = torch.zeros(2, dtype=torch.float64), torch.tensor([1.0, -3.0], dtype=torch.float64)
+    denoiser = Line(start, slope)
+    StepCache(denoiser, 6, [0, 1, 3], Polynomial(1), branches=2)
+    for _ in range(2):
+        for step in range(6):
+            for shift in (0, 100):  # the other branch is another line
+                output = denoiser(step + shift).sample
+                torch.testing.assert_close(output, start + (step + shift) * slope, rtol=1e-12, atol=1e-12)
+    assert denoiser.calls == 2 * 2 * 3
+
+
 def test_order_zero_repeats() -> None:
     denoiser = Line(torch.zeros(2), torch.ones(2))
     StepCache(denoiser, 6, [0, 3], Polynomial(0))

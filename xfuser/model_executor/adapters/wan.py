@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from xfuser.model_executor.adapters.family import Family, ModelType, SmallPipeline
+from xfuser.model_executor.adapters.family import Family, ModelType, SmallPipeline, shipped
 from xfuser.model_executor.adapters.spec import BlockGroup, ModelSpec, TokenArgument
 
 if TYPE_CHECKING:
@@ -20,6 +20,15 @@ if TYPE_CHECKING:
 THRESHOLDS = {"Fast": 0.05, "Tea": 0.05, "Fb": 0.05}
 HEADS, HEAD_CHANNELS = 4, 12  # of the toy
 TEXT_TOKENS = 16
+# What tells tiny-wan from others, and what its training builds (scripts/tiny_wan_parts.py).
+TINY = {
+    "patch_size": [1, 1, 1],
+    "num_layers": 8,
+    "num_attention_heads": 4,
+    "attention_head_dim": 32,
+    "in_channels": 32,
+    "ffn_dim": 384,
+}
 BOUNDARY = 0.6  # share of the noise above which the first of two transformers is used
 
 
@@ -132,6 +141,20 @@ FAMILY = Family(
             toy_arguments={"num_frames": 5, "max_sequence_length": TEXT_TOKENS},
             call_arguments={"height": 480, "width": 832, "num_frames": 81},
             makes="frames",
-        )
+        ),
+        "tiny-wan": ModelType(
+            SPEC.transformer_class,
+            ("WanPipeline",),
+            lambda: shipped("tiny-wan"),
+            "prompt",
+            3.0,
+            THRESHOLDS,
+            toy=build_small,
+            toy_arguments={"num_frames": 5, "max_sequence_length": TEXT_TOKENS},
+            # WanPipeline would make 81 frames of 832 x 480 pixels; this model was trained on these.
+            call_arguments={"height": 64, "width": 64, "num_frames": 13, "max_sequence_length": TEXT_TOKENS},
+            configuration=TINY,
+            makes="frames",
+        ),
     },
 )
