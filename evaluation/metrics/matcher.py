@@ -77,7 +77,7 @@ class ImageTextMatcher:
             raise ValueError("the matcher learns from one image or two of each caption, and two of some; add them")
         mean, scale = features.mean(0), features.std(0).clamp_min(1e-6)
         standard = ((features - mean) / scale).double()
-        first, second = standard[pairs].unbind(1)
+        first, second = standard[torch.tensor(pairs)].unbind(1)
         within = ((first - second).T @ (first - second) / (2 * len(pairs))).numpy()
         within += RIDGE * np.trace(within) / FEATURES * np.eye(FEATURES)
         total = (standard.T @ standard / len(standard)).numpy()
