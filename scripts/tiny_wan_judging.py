@@ -8,35 +8,20 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
-from PIL import Image
-from rich.progress import track
+from tiny_judging import draw, enlarged, save_picture
 from tiny_wan_clips import Pair, Sprites, caption_of, draw_clips, split_pairs
 
 from evaluation.metrics.tracking import ObjectTracker
 from xfuser.core.files import replacing, write_json
 from xfuser.model_executor.pipelines import load_pipeline
 
-ROOT = Path(__file__).resolve().parent.parent
 OBJECTS_FILE = "objects.safetensors"
-AT_ONCE = 16
 SHOWN = (
     *(("rocket", "up"), ("turtle", "right"), ("blue heart", "left"), ("cat face", "down")),
     *(("taxi", "right"), ("pineapple", "down"), ("crab", "up"), ("strawberry", "left")),
 )
 SHOWN_FRAMES = (0, 3, 6, 9, 12)
 MILLISECONDS = 120  # a frame of the animation
-ENLARGED = 2
-
-
-def add_judging_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what the stage ``judge`` makes, and how."""
-    add = parser.add_argument
-    add("--judged", type=int, default=96, help="clips of held-out pairs, and of trained ones (default: %(default)s)")
-    add("--judged_steps", type=int, default=50, help="denoising steps of judged clips (default: %(default)s)")
-    add("--guidance_scale", type=float, help="of judged clips (default: the model's own)")
-    images = ROOT / "docs" / "images"
-    add("--grid", type=Path, default=images / "tiny_wan_samples.png", help="rows of frames (default: %(default)s)")
-    add("--animation", type=Path, default=images / "tiny_wan.webp", help="the same, moving (default: %(default)s)")
 
 
 def save_objects(sprites: Sprites, output: Path) -> None:
@@ -52,18 +37,6 @@ def spread_pairs(pairs: list[Pair], count: int) -> list[Pair]:
     """Take so many pairs at even distances, some several times where there are fewer."""
     places = np.arange(count) if count > len(pairs) else np.linspace(0, len(pairs) - 1, count).round().astype(int)
     return [pairs[place % len(pairs)] for place in places.tolist()]
-
-
-def make_clips(args: argparse.Namespace, pairs: list[Pair], seed: int) -> torch.Tensor:
-    """Make one clip of the exported model for each pair, float32 [N, F, H, W, 3] in [0, 1]."""
-    loaded = load_pipeline("tiny-wan", str(args.output))
-    batches = []
-    for start in track(range(0, len(pairs), AT_ONCE), description="judge       "):
-        captions = [caption_of(pair) for pair in pairs[start : start + AT_ONCE]]
-        seeds = [seed + start + index for index in range(len(captions))]
-        clips = loaded.generate(captions, seeds, args.judged_steps, guidance_scale=args.guidance_scale)
-        batches.append(torch.from_numpy(clips))
-    return torch.cat(batches)
 
 
 def rates(tracker: ObjectTracker, clips: torch.Tensor, pairs: list[Pair]) -> dict[str, float | int]:
@@ -88,45 +61,34 @@ def through_autoencoder(vae: AutoencoderKLWan, clips: torch.Tensor) -> torch.Ten
 
 def judge(args: argparse.Namespace, vae: AutoencoderKLWan, sprites: Sprites) -> None:
     """Measure how often the checker finds what was asked for, in composed and in generated clips, and show some."""
+    loaded = load_pipeline("tiny-wan", str(args.output))
     tracker = ObjectTracker.load(args.output / "evaluation" / OBJECTS_FILE)
     trained, held_out = (spread_pairs(pairs, args.judged) for pairs in split_pairs(sprites.names))
     composed = draw_clips(sprites, trained, torch.Generator().manual_seed(1 << 20))
     record = {
         "composed": rates(tracker, composed.permute(0, 2, 3, 4, 1), trained),
         "autoencoded": rates(tracker, through_autoencoder(vae, composed).permute(0, 2, 3, 4, 1), trained),
-        "trained_pairs": rates(tracker, make_clips(args, trained, seed=1000), trained),
-        "held_out_pairs": rates(tracker, make_clips(args, held_out, seed=2000), held_out),
+        "trained_pairs": rates(tracker, draw(loaded, args, list(map(caption_of, trained)), seed=1000), trained),
+        "held_out_pairs": rates(tracker, draw(loaded, args, list(map(caption_of, held_out)), seed=2000), held_out),
     }
     for name, found in record.items():
         told = ", ".join(f"{each} {found[each]:.3f}" for each in ("object", "direction", "both", "explained"))
         print(f"judge        {name}, {found['clips']} clips: {told}")
-    scale = load_pipeline("tiny-wan", str(args.output)).spec.guidance_scale
-    record |= {"steps": args.judged_steps, "guidance_scale": args.guidance_scale or scale}
+    record |= {"steps": args.judged_steps, "guidance_scale": args.guidance_scale}
     write_json(args.output / "evaluation" / "tracked.json", record)
-    show(make_clips(args, list(SHOWN), seed=0), args.grid, args.animation)
+    show(draw(loaded, args, list(map(caption_of, SHOWN)), seed=0), args.grid, args.animation)
 
 
 def show(clips: torch.Tensor, grid: Path, animation: Path) -> None:
     """Write a picture with a row of frames for each two clips, and an animation with all of them side by side."""
-    shades = (clips * 255).round().byte()
-    rows = [torch.cat([clip[frame] for frame in SHOWN_FRAMES], dim=1) for clip in shades]
-    pairs = [torch.cat((left, right), dim=1) for left, right in zip(rows[::2], rows[1::2], strict=True)]
-    still = enlarged(torch.cat(pairs, dim=0))
-    half = len(shades) // 2
+    stills = clips[:, list(SHOWN_FRAMES)]
+    save_picture([torch.cat(pair) for pair in zip(stills[::2].unbind(), stills[1::2].unbind(), strict=True)], grid)
+    half = len(clips) // 2
     frames = [
-        enlarged(torch.cat([torch.cat(list(row), dim=1) for row in moment.split(half)], dim=0))
-        for moment in shades.unbind(dim=1)
+        enlarged(torch.cat([torch.cat(list(row), dim=1) for row in moment.split(half)]))
+        for moment in clips.unbind(dim=1)
     ]
-    for path in (grid, animation):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(grid) as temporary:
-        still.save(temporary, format="PNG")
+    animation.parent.mkdir(parents=True, exist_ok=True)
     moving = {"save_all": True, "append_images": frames[1:], "duration": MILLISECONDS, "loop": 0, "quality": 80}
     with replacing(animation) as temporary:
         frames[0].save(temporary, format="WEBP", **moving)
-
-
-def enlarged(pixels: torch.Tensor) -> Image.Image:
-    """Make a picture of uint8 [H, W, 3], twice as wide and high."""
-    image = Image.fromarray(pixels.numpy())
-    return image.resize((image.width * ENLARGED, image.height * ENLARGED), Image.Resampling.LANCZOS)

@@ -29,7 +29,7 @@ from PIL import Image
 from rich.progress import track
 from safetensors.torch import save_file
 from torch import nn
-from training import Plan, Training, add_run_arguments, autocast, normalise_latents
+from training import Plan, Training, add_run_arguments, begin, normalise_latents, settled
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -261,22 +261,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--grid", type=Path, default=ROOT / "docs" / "images" / "tiny_dit_samples.png")
     parser.add_argument("--batch_size", type=int, default=64, help="images a batch (default: %(default)s)")
     add_run_arguments(parser)
-    args = parser.parse_args()
-    if not args.data.is_file():
-        parser.error(f"--data: no file {args.data}")
+    args = settled(parser)
     if args.classifier and not args.classifier.is_file():
         parser.error(f"--classifier: no file {args.classifier}")
     kept = {"seed": args.seed, "checkpoint_every": args.checkpoint_every, "batch_size": args.batch_size}
     args.plan = partial(Plan, args.workdir, **kept)
-    args.autocast = autocast(args.precision)
     return args
 
 
 def main() -> None:
     args = parse_args()
-    args.workdir.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
+    begin(args)
     last = STAGES.index(args.until)
     judge = train_classifier(args)
     if last >= 1:

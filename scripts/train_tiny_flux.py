@@ -25,7 +25,6 @@ import copy
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +40,17 @@ from tiny_flux_parts import (
     build_transformer,
     load_emoji,
 )
-from training import Plan, Training, add_run_arguments, autocast, constant_then_linear, normalise_latents
+from training import (
+    Training,
+    add_run_arguments,
+    add_stage_arguments,
+    begin,
+    checkpoint,
+    finish_export,
+    normalise_latents,
+    plan_stage,
+    settled,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -49,7 +58,7 @@ from tiny_flux_text import report_matcher, train_matcher, train_text, unit  # no
 from tiny_judging import add_judging_arguments, judge  # noqa: E402
 
 from evaluation.metrics.matcher import ImageTextMatcher  # noqa: E402
-from xfuser.core.files import replacing, write_text  # noqa: E402
+from xfuser.core.files import replacing  # noqa: E402
 from xfuser.model_executor.pipelines.shipped import INDEX  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -203,19 +212,13 @@ def export(
         transformer=transformer.half(),
     )
     pipeline.save_pretrained(args.output, safe_serialization=True)
-    write_text(args.output / "README.md", CREDITS)
-    size = sum(path.stat().st_size for path in args.output.rglob("*") if path.is_file())
-    print(f"export       {args.output}: {size / 1e6:.2f} MB")
+    finish_export(args.output, CREDITS)
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = partial(parser.add_argument)
-    add("--data", type=Path, required=True, help="emoji64.npz (images, captions, styles)")
-    add("--output", type=Path, default=ROOT / "outputs" / "tiny-flux" / "model", help="folder (default: %(default)s)")
-    add("--workdir", type=Path, default=ROOT / "outputs" / "tiny-flux", help="checkpoints (default: %(default)s)")
-    add("--stages", nargs="+", choices=STAGES, default=STAGES, help="those to run; the others' checkpoints are read")
-    add("--minutes", type=float, help="wall-clock minutes after which each stage of this run ends (default: no limit)")
+    add_stage_arguments(parser, "tiny-flux", STAGES)
     add("--autoencoder_steps", type=int, default=6000, help="batches (default: %(default)s)")
     add("--text_steps", type=int, default=3000, help="batches (default: %(default)s)")
     add("--coarse_steps", type=int, default=15000, help="batches (default: %(default)s)")
@@ -225,32 +228,12 @@ def parse_args() -> argparse.Namespace:
     add("--ema", type=float, default=0.998, help="decay of the transformer's averaged weights (default: %(default)s)")
     add_judging_arguments(parser, 28, 2.0, ROOT / "docs" / "images" / "tiny_flux_samples.png")
     add_run_arguments(parser)
-    args = parser.parse_args()
-    if not args.data.is_file():
-        parser.error(f"--data: no file {args.data}")
-    args.autocast = autocast(args.precision)
-    return args
-
-
-def checkpoint(args: argparse.Namespace, stage: str) -> Path:
-    return args.workdir / f"{stage}.safetensors"
-
-
-def plan_stage(args: argparse.Namespace, stage: str, **settings: Any) -> Plan:
-    """The stage's plan: no steps for one that is not to run, which is read from its checkpoint."""
-    if stage not in args.stages:
-        if not checkpoint(args, stage).exists():
-            raise SystemExit(f"stage {stage} has no checkpoint in {args.workdir}; add it to --stages")
-        settings["steps"] = 0
-    shared = {"seed": args.seed, "checkpoint_every": args.checkpoint_every, "minutes": args.minutes}
-    return Plan(args.workdir, schedule=constant_then_linear, **shared, **settings)
+    return settled(parser)
 
 
 def main() -> None:
     args = parse_args()
-    args.workdir.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
+    begin(args)
     emoji = load_emoji(args.data)
     args.plan = partial(plan_stage, args)
     if {"matcher", "export"} & set(args.stages):

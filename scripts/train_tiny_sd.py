@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
-import shutil
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -34,8 +32,17 @@ from diffusers.models.attention_processor import AttnProcessor
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_flux_parts import CLIP_HIDDEN, LATENT_CHANNELS, SIZE, Emoji, Phrases, load_emoji
-from train_tiny_flux import checkpoint, encode_images, plan_stage, train_autoencoder
-from training import Training, add_run_arguments, autocast
+from train_tiny_flux import encode_images, train_autoencoder
+from training import (
+    Training,
+    add_run_arguments,
+    add_stage_arguments,
+    begin,
+    checkpoint,
+    finish_export,
+    plan_stage,
+    settled,
+)
 from transformers import CLIPTextModel, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -44,8 +51,8 @@ from tiny_flux_text import train_text  # noqa: E402
 from tiny_judging import add_judging_arguments, judge  # noqa: E402
 
 from evaluation.metrics.matcher import ImageTextMatcher  # noqa: E402
-from xfuser.core.files import replacing, write_text  # noqa: E402
-from xfuser.model_executor.pipelines.shipped import INDEX, SHARED, shipped_types  # noqa: E402
+from xfuser.core.files import replacing  # noqa: E402
+from xfuser.model_executor.pipelines.shipped import INDEX, shipped_types  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 UNETS = ("coarse", "unet")
@@ -180,30 +187,20 @@ def export(args: argparse.Namespace, parts: Parts, unet: UNet2DConditionModel) -
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(args.output, safe_serialization=True)
-    (args.output / SHARED).unlink(missing_ok=True)
-    if is_model(args.parts) and args.parts.resolve().parent == args.output.resolve().parent:
-        write_text(args.output / SHARED, json.dumps(dict.fromkeys(LINKED, args.parts.resolve().name), indent=2) + "\n")
-        for part in LINKED:
-            shutil.rmtree(args.output / part)
-    write_text(args.output / "README.md", CREDITS)
-    size = sum(path.stat().st_size for path in args.output.rglob("*") if path.is_file())
-    print(f"export       {args.output}: {size / 1e6:.2f} MB")
+    beside = is_model(args.parts) and args.parts.resolve().parent == args.output.resolve().parent
+    finish_export(args.output, CREDITS, dict.fromkeys(LINKED, args.parts.resolve().name) if beside else None)
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = partial(parser.add_argument)
-    add("--data", type=Path, required=True, help="emoji64.npz (images, captions, styles)")
+    add_stage_arguments(parser, "tiny-sd", STAGES)
     add(
         "--parts",
         type=Path,
         default=shipped_types()["tiny-flux"],
         help="a tiny-flux, or the working folder of its training (default: the one in the package)",
     )
-    add("--output", type=Path, default=ROOT / "outputs" / "tiny-sd" / "model", help="folder (default: %(default)s)")
-    add("--workdir", type=Path, default=ROOT / "outputs" / "tiny-sd", help="checkpoint (default: %(default)s)")
-    add("--stages", nargs="+", choices=STAGES, default=STAGES, help="those to run; the others' checkpoints are read")
-    add("--minutes", type=float, help="wall-clock minutes after which each stage of this run ends (default: no limit)")
     add("--coarse_steps", type=int, default=8000, help="batches (default: %(default)s)")
     add("--unet_steps", type=int, default=15000, help="batches (default: %(default)s)")
     add("--batch_size", type=int, default=32, help="images a batch (default: %(default)s)")
@@ -211,9 +208,7 @@ def parse_args() -> argparse.Namespace:
     add("--matcher", type=Path, help="of the stage judge (default: evaluation/matcher.safetensors in --parts)")
     add_judging_arguments(parser, 50, 3.0, ROOT / "docs" / "images" / "tiny_sd_samples.png")
     add_run_arguments(parser)
-    args = parser.parse_args()
-    if not args.data.is_file():
-        parser.error(f"--data: no file {args.data}")
+    args = settled(parser)
     if not is_model(args.parts) and not all(has_checkpoint(args.parts, stage) for stage in ("autoencoder", "text")):
         parser.error(
             f"--parts {args.parts}: expected a tiny-flux ({INDEX}), or the working folder of its training "
@@ -222,7 +217,6 @@ def parse_args() -> argparse.Namespace:
     args.matcher = args.matcher or args.parts / "evaluation" / "matcher.safetensors"
     if "judge" in args.stages and not args.matcher.is_file():
         parser.error(f"--matcher: no file {args.matcher}; name one, or leave judge out of --stages")
-    args.autocast = autocast(args.precision)
     return args
 
 
@@ -233,9 +227,7 @@ def has_checkpoint(workdir: Path, stage: str) -> bool:
 
 def main() -> None:
     args = parse_args()
-    args.workdir.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
+    begin(args)
     emoji = load_emoji(args.data)
     args.plan = partial(plan_stage, args)
     if {*UNETS, "export"} & set(args.stages):

@@ -25,12 +25,23 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from training import Training, add_run_arguments, autocast, normalise_latents
+from training import (
+    Training,
+    add_run_arguments,
+    add_stage_arguments,
+    begin,
+    finish_export,
+    normalise_latents,
+    plan_stage,
+    settled,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from tiny_flux_text import unit  # noqa: E402
+from tiny_judging import add_judging_arguments  # noqa: E402
 from tiny_scenes import Composer, cut_sprites  # noqa: E402
-from tiny_sgdiff_judging import add_judging_arguments, judge  # noqa: E402
+from tiny_sgdiff_judging import judge  # noqa: E402
 from tiny_sgdiff_parts import (  # noqa: E402
     Pretraining,
     Scenes,
@@ -40,7 +51,6 @@ from tiny_sgdiff_parts import (  # noqa: E402
     cached_latents,
     cached_scenes,
 )
-from train_tiny_flux import plan_stage, unit  # noqa: E402
 
 from evaluation.metrics.relations import Sprites  # noqa: E402
 from xfuser.core.files import replacing, write_text  # noqa: E402
@@ -142,31 +152,25 @@ def export(
     """Write the pipeline in half precision, and into its folder ``evaluation`` what it is judged by."""
     pipeline = SceneGraphPipeline(vae.half(), encoder.half(), unet.half(), build_scheduler())
     pipeline.save_pretrained(args.output, safe_serialization=True)
-    write_text(args.output / "README.md", CREDITS)
     (args.output / "evaluation").mkdir(exist_ok=True)
     with replacing(args.output / "evaluation" / "objects.png") as temporary:
         sprites.save(temporary)
     composer = Composer(sprites, held_out=True)
     graphs = [json.dumps(composer.compose(number).graph) for number in range(GRAPHS)]
     write_text(args.output / "evaluation" / "scene_graphs.json", "[\n" + ",\n".join(graphs) + "\n]\n")
-    size = sum(path.stat().st_size for path in args.output.rglob("*") if path.is_file())
-    print(f"export       {args.output}: {size / 1e6:.2f} MB")
+    finish_export(args.output, CREDITS)
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = partial(parser.add_argument)
-    add("--data", type=Path, required=True, help="emoji64.npz (images, captions, styles)")
+    add_stage_arguments(parser, "tiny-sgdiff", STAGES)
     add(
         "--parts",
         type=Path,
         default=shipped_types()["tiny-flux"],
         help="a tiny-flux, whose autoencoder is trained on (default: the one in the package)",
     )
-    add("--output", type=Path, default=ROOT / "outputs" / "tiny-sgdiff" / "model", help="folder (default: %(default)s)")
-    add("--workdir", type=Path, default=ROOT / "outputs" / "tiny-sgdiff", help="checkpoints (default: %(default)s)")
-    add("--stages", nargs="+", choices=STAGES, default=STAGES, help="those to run; the others' checkpoints are read")
-    add("--minutes", type=float, help="wall-clock minutes after which each stage of this run ends (default: no limit)")
     add("--scenes", type=int, default=24000, help="composed to train on (default: %(default)s)")
     add("--autoencoder_steps", type=int, default=3000, help="batches (default: %(default)s)")
     add("--encoder_steps", type=int, default=4000, help="batches (default: %(default)s)")
@@ -174,20 +178,14 @@ def parse_args() -> argparse.Namespace:
     add("--unet_steps", type=int, default=20000, help="batches (default: %(default)s)")
     add("--batch_size", type=int, default=32, help="scenes a batch of the UNet (default: %(default)s)")
     add("--ema", type=float, default=0.998, help="decay of the UNet's averaged weights (default: %(default)s)")
-    add_judging_arguments(parser, ROOT / "docs" / "images" / "tiny_sgdiff_samples.png")
+    add_judging_arguments(parser, 50, 3.0, ROOT / "docs" / "images" / "tiny_sgdiff_samples.png", judged=256)
     add_run_arguments(parser)
-    args = parser.parse_args()
-    if not args.data.is_file():
-        parser.error(f"--data: no file {args.data}")
-    args.autocast = autocast(args.precision)
-    return args
+    return settled(parser)
 
 
 def main() -> None:
     args = parse_args()
-    args.workdir.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
+    begin(args)
     args.plan = partial(plan_stage, args)
     sprites = cut_sprites(args.data)
     if {"autoencoder", "encoder", "unet", "export"} & set(args.stages):

@@ -19,8 +19,6 @@ The clips are composed by rule (scripts/tiny_wan_clips.py): 32 objects in 4 dire
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -41,15 +39,24 @@ from tiny_wan_parts import (
     decode_unclamped,
 )
 from torch import nn
-from train_tiny_flux import checkpoint, plan_stage
-from training import Training, add_run_arguments, autocast
+from training import (
+    Training,
+    add_run_arguments,
+    add_stage_arguments,
+    begin,
+    checkpoint,
+    finish_export,
+    plan_stage,
+    settled,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tiny_wan_judging import add_judging_arguments, judge, save_objects  # noqa: E402
+from tiny_judging import add_judging_arguments  # noqa: E402
+from tiny_wan_judging import judge, save_objects  # noqa: E402
 
-from xfuser.core.files import replacing, write_text  # noqa: E402
-from xfuser.model_executor.pipelines.shipped import INDEX, SHARED, shipped_types  # noqa: E402
+from xfuser.core.files import replacing  # noqa: E402
+from xfuser.model_executor.pipelines.shipped import INDEX, shipped_types  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("autoencoder", "transformer", "decoder", "export", "judge")
@@ -199,55 +206,42 @@ def export(
         transformer=transformer.half(),
     )
     pipeline.save_pretrained(args.output, safe_serialization=True)
-    (args.output / SHARED).unlink(missing_ok=True)
-    flux = args.parts.resolve()
-    if flux.parent == args.output.resolve().parent:
-        links = {part: f"{flux.name}/{theirs}" for part, theirs in LINKED.items()}
-        write_text(args.output / SHARED, json.dumps(links, indent=2) + "\n")
-        for part in LINKED:
-            shutil.rmtree(args.output / part)
-    write_text(args.output / "README.md", CREDITS)
     save_objects(sprites, args.output)
-    size = sum(path.stat().st_size for path in args.output.rglob("*") if path.is_file())
-    print(f"export       {args.output}: {size / 1e6:.2f} MB")
+    flux = args.parts.resolve()
+    beside = flux.parent == args.output.resolve().parent
+    links = {part: f"{flux.name}/{theirs}" for part, theirs in LINKED.items()}
+    finish_export(args.output, CREDITS, links if beside else None)
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = partial(parser.add_argument)
-    add("--data", type=Path, required=True, help="emoji64.npz (images, captions, styles)")
+    add_stage_arguments(parser, "tiny-wan", STAGES)
     add(
         "--parts",
         type=Path,
         default=shipped_types()["tiny-flux"],
         help="a tiny-flux, whose T5 reads the text (default: the one in the package)",
     )
-    add("--output", type=Path, default=ROOT / "outputs" / "tiny-wan" / "model", help="folder (default: %(default)s)")
-    add("--workdir", type=Path, default=ROOT / "outputs" / "tiny-wan", help="checkpoints (default: %(default)s)")
-    add("--stages", nargs="+", choices=STAGES, default=STAGES, help="those to run; the others' checkpoints are read")
-    add("--minutes", type=float, help="wall-clock minutes after which each training of this run ends (default: none)")
     add("--autoencoder_steps", type=int, default=6000, help="batches (default: %(default)s)")
     add("--decoder_steps", type=int, default=4000, help="batches (default: %(default)s)")
     add("--transformer_steps", type=int, default=20000, help="batches (default: %(default)s)")
     add("--clips", type=int, default=1344, help="composed for the transformer's training (default: %(default)s)")
     add("--batch_size", type=int, default=16, help="clips a batch of the transformer (default: %(default)s)")
     add("--ema", type=float, default=0.998, help="decay of the transformer's averaged weights (default: %(default)s)")
-    add_judging_arguments(parser)
+    images = ROOT / "docs" / "images"
+    add_judging_arguments(parser, 50, 3.0, images / "tiny_wan_samples.png", judged=96)
+    add("--animation", type=Path, default=images / "tiny_wan.webp", help="the same, moving (default: %(default)s)")
     add_run_arguments(parser)
-    args = parser.parse_args()
-    if not args.data.is_file():
-        parser.error(f"--data: no file {args.data}")
+    args = settled(parser)
     if not (args.parts / INDEX).is_file():
         parser.error(f"--parts {args.parts}: expected a tiny-flux ({INDEX}); name one")
-    args.autocast = autocast(args.precision)
     return args
 
 
 def main() -> None:
     args = parse_args()
-    args.workdir.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
+    begin(args)
     sprites = load_sprites(args.data)
     args.plan = partial(plan_stage, args)
     vae = train_autoencoder(args, sprites)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -17,8 +20,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from xfuser.core.files import replacing
+from xfuser.core.files import replacing, write_text
+from xfuser.model_executor.pipelines.shipped import SHARED
 
+ROOT = Path(__file__).resolve().parent.parent
 Loss = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 WARMUP_STEPS = 100
 
@@ -44,6 +49,17 @@ PRECISIONS = ("auto", "bf16", "fp32")
 PRECISION_HELP = "autocast of the networks; auto takes bf16 where the processor multiplies it natively"
 
 
+def add_stage_arguments(parser: argparse.ArgumentParser, model: str, stages: Sequence[str]) -> None:
+    """Add what a model's training in stages learns from, where it works, and which stages it runs."""
+    add = parser.add_argument
+    folder = ROOT / "outputs" / model
+    add("--data", type=Path, required=True, help="emoji64.npz (images, captions, styles)")
+    add("--output", type=Path, default=folder / "model", help="folder of the pipeline (default: %(default)s)")
+    add("--workdir", type=Path, default=folder, help="folder of checkpoints (default: %(default)s)")
+    add("--stages", nargs="+", choices=stages, default=stages, help="those to run; the others' checkpoints are read")
+    add("--minutes", type=float, help="wall-clock minutes after which each stage of this run ends (default: no limit)")
+
+
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what every training can be told of how it runs."""
     add = parser.add_argument
@@ -51,6 +67,45 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all, %(default)s)")
     add("--seed", type=int, default=0, help="(default: %(default)s)")
     add("--precision", choices=PRECISIONS, default="auto", help=PRECISION_HELP)
+
+
+def settled(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the command line, and refuse data that is not there in one line."""
+    args = parser.parse_args()
+    if not args.data.is_file():
+        parser.error(f"--data: no file {args.data}")
+    args.autocast = autocast(args.precision)
+    return args
+
+
+def begin(args: argparse.Namespace) -> None:
+    """Make the working folder, and set threads and seed."""
+    args.workdir.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+
+
+def finish_export(output: Path, credits: str, linked: Mapping[str, str] | None = None) -> None:
+    """Write a pipeline's credits beside it and print its size.
+
+    Args:
+        output: The pipeline's folder.
+        credits: Its README.md.
+        linked: Parts that a model beside it has, as shared.json names them; their copies go.
+    """
+    (output / SHARED).unlink(missing_ok=True)
+    if linked:
+        write_text(output / SHARED, json.dumps(dict(linked), indent=2) + "\n")
+        for part in linked:
+            shutil.rmtree(output / part)
+    write_text(output / "README.md", credits)
+    size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    print(f"export       {output}: {size / 1e6:.2f} MB")
+
+
+def checkpoint(args: argparse.Namespace, stage: str) -> Path:
+    """Where a stage's checkpoint lies."""
+    return args.workdir / f"{stage}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -78,6 +133,16 @@ class Plan:
     checkpoint_every: int = 100
     minutes: float | None = None
     schedule: Callable[[float], float] = cosine
+
+
+def plan_stage(args: argparse.Namespace, stage: str, **settings: Any) -> Plan:
+    """The stage's plan: no steps for one that is not to run, which is read from its checkpoint."""
+    if stage not in args.stages:
+        if not checkpoint(args, stage).exists():
+            raise SystemExit(f"stage {stage} has no checkpoint in {args.workdir}; add it to --stages")
+        settings["steps"] = 0
+    shared = {"seed": args.seed, "checkpoint_every": args.checkpoint_every, "minutes": args.minutes}
+    return Plan(args.workdir, schedule=constant_then_linear, **shared, **settings)
 
 
 class Training:
