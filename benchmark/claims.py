@@ -289,6 +289,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.num_images < 2:
         parser.error("--num_images: one half is judged with what the other shows, so it takes 2 or more")
+    if args.num_inference_steps <= LAGS[-1]:
+        parser.error(f"--num_inference_steps: lags of up to {LAGS[-1]} steps are judged, so it takes more than that")
     check_output_folder(args.output_dir)
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmark.matching import ALLOWED, RETRY_LIMIT, SEARCH_LIMIT, Match, dial_of, search
@@ -54,6 +55,15 @@ def conditions_of(loaded: LoadedPipeline, sampling: Sampling, start: int, size: 
         classes = loaded.num_classes()
         return [index % classes for index in range(start, start + size)]
     return [sampling.prompts[index % len(sampling.prompts)] for index in range(start, start + size)]
+
+
+def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """Call, and tell the seconds that it took and its result."""
+    synchronize(device)
+    begin = time.perf_counter()
+    result = call()
+    synchronize(device)
+    return time.perf_counter() - begin, result
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -31,8 +30,9 @@ quiet_libraries()
 
 from diffusers import DDIMScheduler, DiTTransformer2DModel  # noqa: E402
 
+from benchmark.measure import timed  # noqa: E402
 from xfuser.config.arguments import positive  # noqa: E402
-from xfuser.core.distributed.environment import choose_device, describe_environment, synchronize  # noqa: E402
+from xfuser.core.distributed.environment import choose_device, describe_environment  # noqa: E402
 from xfuser.model_executor.cache import CacheEngine, apply_cache_on_transformer  # noqa: E402
 from xfuser.model_executor.pipelines import load_pipeline  # noqa: E402
 
@@ -66,23 +66,15 @@ def alternate(
     """Ratios time with / time without the cache, pair by pair, and the last summary; a first pair is not counted."""
     ratios, known, summary = [], None, {}
     for index in track(range(pairs + 1), description=f"{name:32}"):
-        plain = timed(transformer, loop)
+        plain = timed(loop, transformer.device)[0]
         engine: CacheEngine = apply_cache_on_transformer(transformer, **settings)
         engine.learn_flops(known)
-        cached = timed(transformer, loop)
+        cached = timed(loop, transformer.device)[0]
         summary, known = engine.summary(), engine.known_flops()
         engine.remove()
         if index:
             ratios.append(cached / plain)
     return ratios, summary
-
-
-def timed(transformer: torch.nn.Module, loop: Callable[[], None]) -> float:
-    synchronize(transformer.device)
-    begin = time.perf_counter()
-    loop()
-    synchronize(transformer.device)
-    return time.perf_counter() - begin
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ from evaluation.report.style import DPI, png  # noqa: E402
 from xfuser.config.arguments import positive  # noqa: E402
 from xfuser.core.files import replacing  # noqa: E402
 from xfuser.model_executor.cache.adacorrection.trajectory import attach_trajectory  # noqa: E402
-from xfuser.model_executor.pipelines import LoadedPipeline, load_pipeline  # noqa: E402
+from xfuser.model_executor.pipelines import MODEL_TYPES, LoadedPipeline, load_pipeline  # noqa: E402
 from xfuser.model_executor.pipelines.shipped import shipped_models, shipped_trajectory  # noqa: E402
 
 PROMPTS = ("red apple", "blue heart", "cat face", "japan flag", "watermelon")
@@ -89,14 +89,20 @@ def picture_of(rows: list[tuple[str, np.ndarray]], prompts: list[str]) -> bytes:
 
 def main() -> None:
     parser = OneLineParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=sorted(shipped_models()), default="tiny-flux", help="default: %(default)s")
+    drawing = [name for name in sorted(shipped_models()) if MODEL_TYPES[name].conditioned_on == "prompt"]
+    drawing = [name for name in drawing if MODEL_TYPES[name].makes == "images"]
+    parser.add_argument("--model", choices=drawing, default="tiny-flux", help="default: %(default)s")
     parser.add_argument("--prompt", nargs="+", default=list(PROMPTS), help="one a column (default: five)")
-    parser.add_argument("--speeds", type=float, nargs="+", default=[2, 3, 4.5], help="default: 2 3 4.5")
+    parser.add_argument(
+        "--speeds", type=float, nargs="+", default=[2, 3, 4.5], help="times fewer evaluations (default: 2 3 4.5)"
+    )
     parser.add_argument("--steps", type=positive, default=50, help="of the uncached images (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the first column (default: %(default)s)")
     parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's own choice)")
     parser.add_argument("--output", type=Path, default=Path("side_by_side.png"), help="default: %(default)s")
     args = parser.parse_args()
+    if not 1 < min(args.speeds) <= max(args.speeds) <= args.steps:
+        parser.error(f"--speeds: expected numbers above 1 and up to --steps {args.steps}")
     if args.threads:
         torch.set_num_threads(args.threads)
     try:

@@ -12,8 +12,6 @@ from __future__ import annotations
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,24 +29,17 @@ from xfuser.core.console import check_output_folder, quiet_libraries  # noqa: E4
 quiet_libraries()
 
 from benchmark.common import captions_of, spread  # noqa: E402
-from benchmark.measure import DEFAULT_PROMPTS, Sampling, conditions_of  # noqa: E402
+from benchmark.measure import DEFAULT_PROMPTS, Sampling, conditions_of, timed  # noqa: E402
 from xfuser.config.arguments import positive  # noqa: E402
-from xfuser.core.distributed.environment import choose_device, describe_environment, synchronize  # noqa: E402
+from xfuser.core.distributed.environment import choose_device, describe_environment  # noqa: E402
 from xfuser.core.files import write_json  # noqa: E402
 from xfuser.model_executor.cache.adacorrection.trajectory import attach_trajectory  # noqa: E402
+from xfuser.model_executor.cache.adacorrection.trajectory.goals import Unreachable  # noqa: E402
 from xfuser.model_executor.pipelines import LoadedPipeline, load_pipeline  # noqa: E402
 from xfuser.model_executor.pipelines.shipped import shipped_models  # noqa: E402
 
 RESULTS = "target_speedup.json"
 WARM = 3  # calls before anything counts
-
-
-def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    synchronize(device)
-    begin = time.perf_counter()
-    result = call()
-    synchronize(device)
-    return time.perf_counter() - begin, result
 
 
 def measure(
@@ -126,7 +117,9 @@ def table_of(rows: list[dict[str, Any]], title: str) -> Table:
 def main() -> None:
     parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=sorted(shipped_models()), default="tiny-dit", help="default: %(default)s")
-    parser.add_argument("--targets", type=float, nargs="+", default=[1.5, 2, 3, 4], help="default: 1.5 2 3 4")
+    parser.add_argument(
+        "--targets", type=float, nargs="+", default=[1.5, 2, 3, 4], help="times faster, above 1 (default: 1.5 2 3 4)"
+    )
     parser.add_argument("--batch_size", type=positive, default=1, help="images a call (default: %(default)s)")
     parser.add_argument("--num_inference_steps", type=positive, help="default: the model's own")
     parser.add_argument("--pairs", type=positive, default=20, help="calls of each, in turn (default: %(default)s)")
@@ -135,6 +128,8 @@ def main() -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     parser.add_argument("--output_dir", type=Path, default=Path("target_speedup"), help="default: %(default)s")
     args = parser.parse_args()
+    if min(args.targets) <= 1:
+        parser.error(f"--targets {min(args.targets):g}: expected numbers above 1, the times that it is to be faster")
     check_output_folder(args.output_dir)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -145,8 +140,12 @@ def main() -> None:
     guidance = plain.spec.guidance_scale
     sampling = Sampling(args.batch_size, args.batch_size, steps, guidance, args.seed, prompts)
     asked: list[dict[str, Any]] = [{"target_speedup": target} for target in args.targets]
-    rows = [measure(plain, cached, settings, sampling, args.pairs) for settings in asked]
-    rows.append(measure(plain, cached, {"adacorr_budget": 1.0}, sampling, args.pairs))
+    try:
+        rows = [
+            measure(plain, cached, settings, sampling, args.pairs) for settings in (*asked, {"adacorr_budget": 1.0})
+        ]
+    except Unreachable as error:
+        parser.error(str(error))
     environment = describe_environment(device)
     document = {"schema": 1, "environment": environment, "model": args.model, "steps": steps, "results": rows}
     args.output_dir.mkdir(parents=True, exist_ok=True)

@@ -86,7 +86,8 @@ def table() -> str:
     for family in FAMILIES:
         spec, yes = family.spec, {True: "yes", False: "refused"}
         kinds = dict.fromkeys(small.pipeline for small in family.small.values())
-        kinds |= dict.fromkeys(name for each in family.types.values() for name in each.pipelines)
+        own = (each for each in family.types.values() if each.module == "diffusers")
+        kinds |= dict.fromkeys(name for each in own for name in each.pipelines)
         cells = [family.title, ", ".join(f"`{name}`" for name in kinds), calls[spec.guidance]]
         cells += [yes[spec.same_tokens], yes[spec.contiguous], yes[spec.same_tokens]]
         cells.append("as a stack where that will do" if spec.contiguous else "one by one")

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 
 from xfuser.model_executor.cache.adacorrection.trajectory.plan import CONDITIONAL, FULL, SKIP, Plan
 
+Steps = TypeVar("Steps", int, np.ndarray)
 RIDGE = 1e-6  # of the features' mean square, as in the fit
 LARGEST_GAP = 24
 SMALLEST_GAP = 6
@@ -43,7 +44,7 @@ class Gram:
         if self.matrix.shape != (expected, expected):
             raise ValueError(f"a Gram matrix of {self.steps} steps has {expected} rows, not {self.matrix.shape[0]}")
 
-    def output(self, branch: int, step: Any) -> Any:
+    def output(self, branch: int, step: Steps) -> Steps:
         """Find the row of an output, or those of several steps."""
         return self.steps + 1 + branch * self.steps + step
 
