@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from rich.progress import track
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tiny_flux_parts import LATENT_CHANNELS
 from tiny_scenes import IMAGE, MOST_OBJECTS, MOST_RELATIONS, OBJECTS, Composer
 from torch import nn
+from training import origin
 
 from evaluation.metrics.relations import PREDICATES
 from xfuser.core.files import replacing
@@ -84,16 +85,20 @@ def cached_scenes(workdir: Path, composer: Composer, count: int) -> Scenes:
 
 @torch.no_grad()
 def cached_latents(args: argparse.Namespace, vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
-    """Latents [N, 4, 16, 16], kept for as long as neither the scenes nor the autoencoder's checkpoint are newer."""
+    """Latents [N, 4, 16, 16], kept for as long as the scenes and the autoencoder's weights are the same."""
     path = args.workdir / "latents.safetensors"
-    made_by = [args.workdir / "scenes.safetensors", args.workdir / "autoencoder.safetensors"]
-    if not path.exists() or path.stat().st_mtime < max(each.stat().st_mtime for each in made_by):
-        batches = track(images.split(64), description="latents     ")
-        with args.autocast():
-            latents = torch.cat([vae.encode(batch / 127.5 - 1).latent_dist.mode().float() for batch in batches])
-        with replacing(path) as temporary:
-            save_file({"latents": latents}, temporary)
-    return load_file(path)["latents"]
+    scenes = args.workdir / "scenes.safetensors"
+    made_of = f"{scenes.stat().st_mtime_ns} {origin(args, 'autoencoder', 'vae')}"
+    if path.exists():
+        with safe_open(path, framework="pt") as opened:
+            if (opened.metadata() or {}).get("made_of") == made_of:
+                return opened.get_tensor("latents")
+    batches = track(images.split(64), description="latents     ")
+    with args.autocast():
+        latents = torch.cat([vae.encode(batch / 127.5 - 1).latent_dist.mode().float() for batch in batches])
+    with replacing(path) as temporary:
+        save_file({"latents": latents}, temporary, metadata={"made_of": made_of})
+    return latents
 
 
 class Pretraining(nn.Module):

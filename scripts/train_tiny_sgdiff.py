@@ -4,9 +4,9 @@ Stages, each resumable and chosen with --stages (all by default):
 
 - ``autoencoder``: tiny-flux's autoencoder, trained on with scenes, whose objects are too small for it as it is.
 - ``encoder``: the graph encoder, pretrained to fill in masked regions of latents (masked autoencoding) and to tell an
-  image's own graph from others (contrastive). It is frozen from there on.
+  image's own graph from others (contrastive). It is frozen from there on, unless told otherwise.
 - ``unet``: a UNet2DConditionModel that foretells velocities and reads the encoder's tokens. A tenth of the graphs are
-  dropped (classifier-free guidance, arXiv 2207.12598).
+  dropped (classifier-free guidance, arXiv 2207.12598). With ``--train_encoder`` the encoder learns with it.
 - ``export``: a complete SceneGraphPipeline folder in half precision. ``judge``: relations shown, and a grid.
 
     python scripts/train_tiny_sgdiff.py --data emoji64.npz --output xfuser/assets/tiny-sgdiff
@@ -25,15 +25,18 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import nn
 from training import (
     Training,
     add_run_arguments,
     add_stage_arguments,
+    add_start_argument,
     begin,
     finish_export,
     normalise_latents,
     plan_stage,
     settled,
+    started,
 )
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -73,7 +76,7 @@ holds the emoji that scenes are composed of.
 def train_autoencoder(args: argparse.Namespace, scenes: Scenes) -> AutoencoderKL:
     """Train tiny-flux's autoencoder on with scenes, then make its latents standard."""
     plan = args.plan("autoencoder", steps=args.autoencoder_steps, learning_rate=1e-3, ema=0.99, batch_size=16)
-    vae = AutoencoderKL.from_pretrained(args.parts / "vae").float()
+    vae = started(args, "vae", AutoencoderKL.from_pretrained(args.parts / "vae").float())
     vae.register_to_config(_name_or_path=args.parts.name)  # the folder's whole path would be exported
     training = Training("autoencoder", vae, plan)
 
@@ -99,7 +102,7 @@ def train_autoencoder(args: argparse.Namespace, scenes: Scenes) -> AutoencoderKL
 def train_encoder(args: argparse.Namespace, latents: torch.Tensor, scenes: Scenes) -> SceneGraphEncoder:
     """Pretrain the graph encoder, masked and contrastively."""
     plan = args.plan("encoder", steps=args.encoder_steps, learning_rate=2e-3, ema=0.995, batch_size=64)
-    training = Training("encoder", Pretraining(build_encoder()), plan)
+    training = Training("encoder", Pretraining(started(args, "graph_encoder", build_encoder())), plan)
     numbers = training.module.encoder.numbers_of(scenes.graphs)
 
     def loss_at(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -113,33 +116,31 @@ def train_encoder(args: argparse.Namespace, latents: torch.Tensor, scenes: Scene
 
 def train_unet(
     args: argparse.Namespace, latents: torch.Tensor, scenes: Scenes, encoder: SceneGraphEncoder
-) -> UNet2DConditionModel:
-    """Train the UNet to foretell velocities, from graphs of which a tenth are dropped."""
-    plan = args.plan("unet", steps=args.unet_steps, learning_rate=1e-3, ema=args.ema, batch_size=args.batch_size)
-    unet = build_unet()
+) -> tuple[UNet2DConditionModel, SceneGraphEncoder]:
+    """Train the UNet to foretell velocities, from graphs of which a tenth are dropped; the encoder with it if asked."""
+    plan = args.plan("unet", steps=args.unet_steps, learning_rate=args.rate, ema=args.ema, batch_size=args.batch_size)
+    unet = started(args, "unet", build_unet())
     # The fused attention's backward pass takes four times as long in bfloat16 on a CPU.
     unet.set_attn_processor(AttnProcessor())
-    training = Training("unet", unet, plan)
-    if training.step >= plan.steps:
-        return training.averaged()
+    both = nn.ModuleDict({"unet": unet, "encoder": encoder.train().requires_grad_(args.train_encoder)})
+    training = Training("unet", both, plan)
     scheduler = build_scheduler()
     numbers = encoder.numbers_of(scenes.graphs)
-    with torch.no_grad():
-        tokens = torch.cat([encoder(batch) for batch in numbers.split(1024)]).half()
 
     def loss_at(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         count = len(indices)
         dropped = torch.rand(count, generator=generator) < 0.1
-        told = tokens[indices].float() * ~dropped[:, None, None]
+        told = encoder(numbers[indices]) * ~dropped[:, None, None]
         noise = torch.randn(latents[indices].shape, generator=generator)
         times = torch.randint(0, scheduler.config.num_train_timesteps, (count,), generator=generator)
         noisy = scheduler.add_noise(latents[indices], noise, times)
         with args.autocast():
-            foretold = training.module(noisy, times, told).sample
+            foretold = unet(noisy, times, told).sample
         return F.mse_loss(foretold.float(), scheduler.get_velocity(latents[indices], noise, times))
 
     training.run(loss_at, len(latents))
-    return training.averaged()
+    training.averaged()
+    return unet, encoder
 
 
 def export(
@@ -165,6 +166,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = partial(parser.add_argument)
     add_stage_arguments(parser, "tiny-sgdiff", STAGES)
+    add_start_argument(parser)
     add(
         "--parts",
         type=Path,
@@ -176,6 +178,8 @@ def parse_args() -> argparse.Namespace:
     add("--encoder_steps", type=int, default=4000, help="batches (default: %(default)s)")
     add("--contrastive", type=float, default=0.1, help="weight of the contrastive loss (default: %(default)s)")
     add("--unet_steps", type=int, default=20000, help="batches (default: %(default)s)")
+    add("--train_encoder", action="store_true", help="train the graph encoder along with the UNet (default: frozen)")
+    add("--rate", type=float, default=1e-3, help="learning rate of the UNet (default: %(default)s)")
     add("--batch_size", type=int, default=32, help="scenes a batch of the UNet (default: %(default)s)")
     add("--ema", type=float, default=0.998, help="decay of the UNet's averaged weights (default: %(default)s)")
     add_judging_arguments(parser, 50, 3.0, ROOT / "docs" / "images" / "tiny_sgdiff_samples.png", judged=256)
@@ -195,7 +199,7 @@ def main() -> None:
         latents = cached_latents(args, vae, scenes.images)
         encoder = train_encoder(args, latents, scenes)
     if {"unet", "export"} & set(args.stages):
-        unet = train_unet(args, latents, scenes, encoder)
+        unet, encoder = train_unet(args, latents, scenes, encoder)
     if "export" in args.stages:
         export(args, vae, encoder, unet, sprites)
     if "judge" in args.stages:

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from rich.progress import track
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_wan_clips import FRAMES, SIZE, Sprites, draw_clips, load_sprites, phrase_of, split_pairs
 from tiny_wan_parts import (
@@ -43,11 +44,14 @@ from training import (
     Training,
     add_run_arguments,
     add_stage_arguments,
+    add_start_argument,
     begin,
     checkpoint,
     finish_export,
+    origin,
     plan_stage,
     settled,
+    started,
 )
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -83,7 +87,7 @@ def distance(decoded: torch.Tensor, target: torch.Tensor, sharpness: float = 1.0
 def train_autoencoder(args: argparse.Namespace, sprites: Sprites) -> AutoencoderKLWan:
     """Train the autoencoder, on parts of single frames at first, then on clips and parts of them."""
     plan = args.plan("autoencoder", steps=args.autoencoder_steps, learning_rate=5e-4, ema=0.99, batch_size=64)
-    training = Training("autoencoder", build_autoencoder(), plan)
+    training = Training("autoencoder", started(args, "vae", build_autoencoder()), plan)
     vae = training.module
     pairs = split_pairs(sprites.names)[0]
 
@@ -121,18 +125,20 @@ def encode_clips(vae: AutoencoderKLWan, clips: torch.Tensor) -> torch.Tensor:
 
 def bank_of_clips(args: argparse.Namespace, vae: AutoencoderKLWan, sprites: Sprites) -> dict[str, torch.Tensor]:
     """Clips of the trained pairs in turn (uint8), and their latents, kept while the autoencoder is not trained on."""
-    path, made_by = args.workdir / "clips.safetensors", args.workdir / "autoencoder.safetensors"
-    if path.exists() and path.stat().st_mtime >= made_by.stat().st_mtime:
-        bank = load_file(path)
-        if len(bank["latents"]) == args.clips:
-            return bank
+    path = args.workdir / "clips.safetensors"
+    made_of = f"{args.clips} {origin(args, 'autoencoder', 'vae')}"
+    if path.exists():
+        with safe_open(path, framework="pt") as opened:
+            same = (opened.metadata() or {}).get("made_of") == made_of
+        if same:
+            return load_file(path)
     pairs = split_pairs(sprites.names)[0]
     generator = torch.Generator().manual_seed((args.seed + 1) * 1_000_003)
     clips = draw_clips(sprites, [pairs[place % len(pairs)] for place in range(args.clips)], generator)
     latents = torch.cat([encode_clips(vae, each) for each in track(clips.split(8), description="latents     ")])
     bank = {"latents": latents, "clips": (clips * 255).round().byte()}
     with replacing(path) as temporary:
-        save_file(bank, temporary)
+        save_file(bank, temporary, metadata={"made_of": made_of})
     return bank
 
 
@@ -169,9 +175,9 @@ def train_transformer(
 ) -> WanTransformer3DModel:
     """Train the transformer on latents of clips, from phrases of which a tenth are dropped."""
     plan = args.plan(
-        "transformer", steps=args.transformer_steps, learning_rate=1e-3, ema=args.ema, batch_size=args.batch_size
+        "transformer", steps=args.transformer_steps, learning_rate=args.rate, ema=args.ema, batch_size=args.batch_size
     )
-    transformer = build_transformer(text.channels)
+    transformer = started(args, "transformer", build_transformer(text.channels))
     transformer.set_attn_processor(EagerAttention())
     training = Training("transformer", transformer, plan)
     latents = scale_latents(vae, bank_of_clips(args, vae, sprites)["latents"])
@@ -217,6 +223,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = partial(parser.add_argument)
     add_stage_arguments(parser, "tiny-wan", STAGES)
+    add_start_argument(parser)
     add(
         "--parts",
         type=Path,
@@ -226,6 +233,7 @@ def parse_args() -> argparse.Namespace:
     add("--autoencoder_steps", type=int, default=6000, help="batches (default: %(default)s)")
     add("--decoder_steps", type=int, default=4000, help="batches (default: %(default)s)")
     add("--transformer_steps", type=int, default=20000, help="batches (default: %(default)s)")
+    add("--rate", type=float, default=1e-3, help="learning rate of the transformer (default: %(default)s)")
     add("--clips", type=int, default=1344, help="composed for the transformer's training (default: %(default)s)")
     add("--batch_size", type=int, default=16, help="clips a batch of the transformer (default: %(default)s)")
     add("--ema", type=float, default=0.998, help="decay of the transformer's averaged weights (default: %(default)s)")

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from xfuser.core.files import replacing, write_text
-from xfuser.model_executor.pipelines.shipped import SHARED
+from xfuser.model_executor.pipelines.shipped import INDEX, SHARED, shared_parts
 
 ROOT = Path(__file__).resolve().parent.parent
 Loss = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
@@ -60,6 +60,11 @@ def add_stage_arguments(parser: argparse.ArgumentParser, model: str, stages: Seq
     add("--minutes", type=float, help="wall-clock minutes after which each stage of this run ends (default: no limit)")
 
 
+def add_start_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the trained pipeline whose weights stages without a checkpoint go on from."""
+    parser.add_argument("--start", type=Path, help="pipeline of this kind that stages without a checkpoint begin with")
+
+
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what every training can be told of how it runs."""
     add = parser.add_argument
@@ -74,6 +79,9 @@ def settled(parser: argparse.ArgumentParser) -> argparse.Namespace:
     args = parser.parse_args()
     if not args.data.is_file():
         parser.error(f"--data: no file {args.data}")
+    start = getattr(args, "start", None)
+    if start and not (start / INDEX).is_file():
+        parser.error(f"--start {start}: expected a pipeline's folder ({INDEX}); name one")
     args.autocast = autocast(args.precision)
     return args
 
@@ -83,6 +91,22 @@ def begin(args: argparse.Namespace) -> None:
     args.workdir.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
+
+
+def started(args: argparse.Namespace, part: str, module: nn.Module) -> nn.Module:
+    """Give a network the weights of a part of the pipeline that ``--start`` names; without one, its own stay."""
+    if getattr(args, "start", None):
+        folder = shared_parts(args.start).get(part, args.start / part)
+        module.load_state_dict(type(module).from_pretrained(folder).float().state_dict())
+    return module
+
+
+def origin(args: argparse.Namespace, stage: str, part: str) -> str:
+    """Name the weights that a stage's network has, with their time: what is derived from others is made anew."""
+    path = checkpoint(args, stage)
+    if not path.exists():
+        path = shared_parts(args.start).get(part, args.start / part) / "diffusion_pytorch_model.safetensors"
+    return f"{path.resolve()} {path.stat().st_mtime_ns}"
 
 
 def finish_export(output: Path, credits: str, linked: Mapping[str, str] | None = None) -> None:
@@ -138,8 +162,10 @@ class Plan:
 def plan_stage(args: argparse.Namespace, stage: str, **settings: Any) -> Plan:
     """The stage's plan: no steps for one that is not to run, which is read from its checkpoint."""
     if stage not in args.stages:
-        if not checkpoint(args, stage).exists():
-            raise SystemExit(f"stage {stage} has no checkpoint in {args.workdir}; add it to --stages")
+        if not checkpoint(args, stage).exists() and not getattr(args, "start", None):
+            raise SystemExit(
+                f"stage {stage} has no checkpoint in {args.workdir}; add it to --stages, or name a --start"
+            )
         settings["steps"] = 0
     shared = {"seed": args.seed, "checkpoint_every": args.checkpoint_every, "minutes": args.minutes}
     return Plan(args.workdir, schedule=constant_then_linear, **shared, **settings)

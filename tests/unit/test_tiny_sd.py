@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from emoji import import_scripts, run, train, write_emoji_and_flux
 from safetensors import safe_open
 
 from evaluation.metrics.matcher import ImageTextMatcher
@@ -20,54 +19,26 @@ from xfuser.model_executor.adapters.unet import TINY
 from xfuser.model_executor.pipelines import load_pipeline
 from xfuser.model_executor.pipelines.choosing import resolve_model
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 LARGEST = 14e6  # bytes
 SHIPPED = pytest.mark.skipif(not shipped("tiny-sd").is_dir(), reason="tiny-sd's weights are not in this checkout")
 
 
-def run(script: ModuleType, folder: Path, *arguments: str) -> None:
-    named = ["train", "--data", str(folder / "emoji.npz"), "--grid", str(folder / "grid.png"), "--threads", "1"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [*named, *arguments])
-        script.main()
-
-
 @pytest.fixture(scope="module")
 def scripts() -> dict[str, ModuleType]:
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        return {name: importlib.import_module(name) for name in ("train_tiny_sd", "train_tiny_flux", "tiny_flux_parts")}
-    finally:
-        sys.path.remove(str(SCRIPTS))
+    return import_scripts("train_tiny_sd", "train_tiny_flux")
 
 
 @pytest.fixture(scope="module")
 def folder(scripts: dict[str, ModuleType], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight captions in two styles, a tiny-flux of random weights, and the tiny-sd that the script makes with it."""
+    """A tiny-flux of random weights, and the tiny-sd that the script makes with it."""
     folder = tmp_path_factory.mktemp("tiny-sd")
-    captions = np.array([f"{colour} {thing}" for colour in ("red", "blue") for thing in "apple heart cat key".split()])
-    np.savez(
-        folder / "emoji.npz",
-        images=np.random.default_rng(0).integers(0, 256, (16, 64, 64, 3), dtype=np.uint8),
-        captions=np.tile(captions, 2),
-        styles=np.repeat(["noto", "twemoji"], 8),
-    )
-    parts = scripts["tiny_flux_parts"]
-    corpus = parts.Phrases(parts.load_emoji(folder / "emoji.npz")).corpus()
-    torch.manual_seed(0)
-    text = parts.TextEncoders(*(parts.train_tokenizer(corpus, clip=clip) for clip in (True, False)))
-    matcher = ImageTextMatcher(sorted(set(captions.tolist())))
-    args = argparse.Namespace(output=folder / "tiny-flux")
-    scripts["train_tiny_flux"].export(args, parts.build_autoencoder(), text, parts.build_transformer())
-    (args.output / "evaluation").mkdir()
-    matcher.save(args.output / "evaluation" / "matcher.safetensors")
+    write_emoji_and_flux(folder)
     make(scripts, folder, "--coarse_steps=1", "--unet_steps=2", "--judged=1", "--judged_steps=1")
     return folder
 
 
 def make(scripts: dict[str, ModuleType], folder: Path, *arguments: str) -> None:
-    output = ["--parts", str(folder / "tiny-flux"), "--output", str(folder / "tiny-sd"), "--batch_size=2"]
-    run(scripts["train_tiny_sd"], folder, "--workdir", str(folder / "work"), *output, *arguments)
+    train(scripts["train_tiny_sd"], folder, "tiny-sd", *arguments)
 
 
 def test_the_script_makes_a_small_pipeline_with_the_parts_of_another(folder: Path) -> None:

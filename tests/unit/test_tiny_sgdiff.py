@@ -103,6 +103,25 @@ def test_trainings_go_on_from_their_checkpoints(folder: Path, scripts: dict[str,
     assert made == [(folder / "work" / f"{name}.safetensors").stat().st_mtime_ns for name in ("scenes", "latents")]
 
 
+@pytest.mark.parametrize("along", [True, False])
+def test_a_pipeline_is_trained_on_with_its_encoder_or_without(
+    folder: Path, scripts: dict[str, ModuleType], tmp_path: Path, along: bool
+) -> None:
+    arguments = ["--start", str(folder / "model"), "--workdir", str(tmp_path), "--output", str(tmp_path / "model")]
+    arguments += ["--train_encoder"] if along else []
+    make(scripts, folder, *arguments, "--stages", "unet", "export", "--unet_steps=1")
+    before, after = (
+        load_pipeline("tiny-sgdiff", str(each)).pipeline for each in (folder / "model", tmp_path / "model")
+    )
+
+    def changed(part: str) -> bool:
+        pairs = zip(getattr(before, part).parameters(), getattr(after, part).parameters(), strict=True)
+        return any(not torch.equal(*pair) for pair in pairs)
+
+    assert changed("unet") and changed("graph_encoder") == along
+    assert not (tmp_path / "autoencoder.safetensors").exists()
+
+
 def test_the_pretraining_can_be_learnt(scripts: dict[str, ModuleType]) -> None:
     """On one batch, both losses fall."""
     parts = scripts["tiny_sgdiff_parts"]

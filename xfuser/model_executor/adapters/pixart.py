@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from xfuser.model_executor.adapters.family import Family, ModelType, SmallPipeline, foxes
+from xfuser.model_executor.adapters.family import Family, ModelType, SmallPipeline, foxes, shipped
 from xfuser.model_executor.adapters.spec import BlockGroup, ModelSpec
 
 if TYPE_CHECKING:
@@ -16,6 +16,17 @@ if TYPE_CHECKING:
 
 # At these the toy skips about half of its block evaluations in 20 steps with Tea and Fb; no real weights were at hand.
 THRESHOLDS = {"Fast": 0.05, "Tea": 0.05, "Fb": 0.017}
+# What tells tiny-pixart from others, and what its training builds (scripts/train_tiny_pixart.py).
+TINY = {
+    "num_layers": 10,
+    "num_attention_heads": 4,
+    "attention_head_dim": 28,
+    "cross_attention_dim": 112,
+    "in_channels": 4,
+    "out_channels": 4,
+    "sample_size": 16,
+    "patch_size": 2,
+}
 HEADS, HEAD_CHANNELS = 4, 12  # of the toy: their product must be divisible by 3, for alpha's embedding of the size
 
 
@@ -104,6 +115,18 @@ FAMILY = Family(
             THRESHOLDS,
             toy=build_small,
             toy_arguments={"max_sequence_length": 64} | _PLAIN,
-        )
+        ),
+        "tiny-pixart": ModelType(
+            SPEC.transformer_class,
+            ("PixArtAlphaPipeline",),
+            lambda: shipped("tiny-pixart"),
+            "prompt",
+            3.0,
+            THRESHOLDS,
+            toy=build_small,
+            toy_arguments={"max_sequence_length": 64} | _PLAIN,
+            call_arguments={"height": 64, "width": 64, "max_sequence_length": 16} | _PLAIN,
+            configuration=TINY,
+        ),
     },
 )
