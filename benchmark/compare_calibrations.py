@@ -106,7 +106,7 @@ def judge(
     counter = BlockCounter((block, 1.0) for block in spec_of(denoiser).blocks(denoiser))
     calls: list[None] = []
     counted = denoiser.register_forward_hook(lambda *call: calls.append(None))
-    uncached = _images(loaded, sampling)
+    uncached = images_of(loaded, sampling)
     counted.remove()
     branches = len(calls) // (sampling.num_inference_steps * math.ceil(sampling.num_images / sampling.batch_size))
     work = counter.take()
@@ -116,7 +116,7 @@ def judge(
         for path in files:
             engine = attach_trajectory(loaded.pipeline, adacorr_budget=budget, calibration=str(path))
             try:
-                near = closeness(_images(loaded, sampling), uncached)[0]
+                near = closeness(images_of(loaded, sampling), uncached)[0]
             finally:
                 engine.remove()
             first = near if first is None else first
@@ -148,11 +148,11 @@ def _opponents(
     loaded: LoadedPipeline, sampling: Sampling, denoiser: nn.Module, evaluations: int, branches: int
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Make the images of what anyone can do without a calibration, with so many evaluations."""
-    yield f"{evaluations} steps", _images(loaded, replace(sampling, num_inference_steps=evaluations))
+    yield f"{evaluations} steps", images_of(loaded, replace(sampling, num_inference_steps=evaluations))
     steps = sampling.num_inference_steps
     StepCache(denoiser, steps, evenly(evaluations, steps), Polynomial(1), branches)
     try:
-        yield f"order 1 at {evaluations} even steps", _images(loaded, sampling)
+        yield f"order 1 at {evaluations} even steps", images_of(loaded, sampling)
     finally:
         del denoiser.forward  # its class's own again
 
@@ -175,7 +175,8 @@ def table_of(rows: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-def _images(loaded: LoadedPipeline, sampling: Sampling) -> np.ndarray:
+def images_of(loaded: LoadedPipeline, sampling: Sampling) -> np.ndarray:
+    """Generate the images of a sampling under whatever is attached, float32 [N, H, W, 3] in [0, 1]."""
     images = []
     for start in range(0, sampling.num_images, sampling.batch_size):
         size = min(sampling.batch_size, sampling.num_images - start)
