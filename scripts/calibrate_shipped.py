@@ -1,4 +1,4 @@
-"""Make the calibrations of the trajectory that come with a model: 16 images, of seeds that no benchmark uses.
+"""Make the calibrations of the trajectory that come with a model, from images of seeds that no benchmark uses.
 
     python scripts/calibrate_shipped.py --model tiny-dit --threads 1
 
@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmark.common import captions_of  # noqa: E402
+from xfuser.config.arguments import positive  # noqa: E402
 from xfuser.model_executor.cache.adacorrection.trajectory import attach_trajectory  # noqa: E402
 from xfuser.model_executor.cache.adacorrection.trajectory.calibration import Calibration  # noqa: E402
 from xfuser.model_executor.pipelines.calibrate import arguments_of, choices  # noqa: E402
@@ -27,7 +28,7 @@ from xfuser.model_executor.pipelines.loading import load_pipeline  # noqa: E402
 from xfuser.model_executor.pipelines.shipped import shipped_models  # noqa: E402
 
 SEED = 1 << 29
-IMAGES = 16
+AT_ONCE = 16
 BUDGETS = (0.6, 0.5, 0.44, 0.4, 0.38, 0.35, 0.3, 0.26, 0.23, 0.22, 0.2, 0.16)
 # By name the steps; the first word is the scheduler's.
 GRIDS = {
@@ -48,14 +49,14 @@ def take_timing(calibration: Calibration, path: Path) -> None:
     calibration.timing = other.timing
 
 
-def conditions_of(model: str) -> list[object]:
+def conditions_of(model: str, count: int) -> list[object]:
     """Choose what is drawn: all labels in turn, or captions spread over those that the model was trained on."""
     captions = captions_of(model)
     if not captions:
         return list(range(10))
     # The middles of as many equal stretches: the seeds are no benchmark's, and few of the captions are.
-    distance = len(captions) / IMAGES
-    return [captions[int((place + 0.5) * distance)] for place in range(IMAGES)]
+    distance = len(captions) / count
+    return [captions[int((place + 0.5) * distance)] for place in range(count)]
 
 
 def main() -> None:
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument("--model", choices=sorted(GRIDS), default="tiny-dit", help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     parser.add_argument("--only", nargs="+", metavar="GRID", help="grids of the model (default: all)")
+    parser.add_argument("--num_images", type=positive, default=16, help="to learn from (default: %(default)s)")
     parser.add_argument("--output_dir", type=Path, help="default: the model's folder calibration/trajectory")
     parser.add_argument("--timing_of", type=Path, metavar="FOLDER", help="take the seconds a step from its files")
     args = parser.parse_args()
@@ -82,10 +84,12 @@ def main() -> None:
         if name.startswith("dpm"):
             config = loaded.pipeline.scheduler.config
             loaded.pipeline.scheduler = DPMSolverMultistepScheduler.from_config(config, algorithm_type="dpmsolver++")
-        request = Generation(conditions_of(args.model), IMAGES, IMAGES, SEED, grids[name])
+        count = args.num_images
+        request = Generation(conditions_of(args.model, count), count, AT_ONCE, SEED, grids[name])
+        batches = [range(first, min(first + AT_ONCE, count)) for first in range(0, count, AT_ONCE)]
         engine = attach_trajectory(loaded.pipeline, adacorr_budget=BUDGETS[0], store=output / "unused")
         engine.stores = False
-        calibration = engine.learn_from([arguments_of(loaded, request, range(IMAGES))], BUDGETS[1:])
+        calibration = engine.learn_from([arguments_of(loaded, request, batch) for batch in batches], BUDGETS[1:])
         engine.remove()
         calibration.notes |= {"model": args.model, "seed": SEED, "guidance_scale": loaded.spec.guidance_scale}
         if args.timing_of is not None:
