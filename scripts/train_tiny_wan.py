@@ -238,7 +238,7 @@ def parse_args() -> argparse.Namespace:
     add("--batch_size", type=int, default=16, help="clips a batch of the transformer (default: %(default)s)")
     add("--ema", type=float, default=0.998, help="decay of the transformer's averaged weights (default: %(default)s)")
     images = ROOT / "docs" / "images"
-    add_judging_arguments(parser, 50, 3.0, images / "tiny_wan_samples.png", judged=96)
+    add_judging_arguments(parser, 50, 5.0, images / "tiny_wan_samples.png", judged=96)
     add("--animation", type=Path, default=images / "tiny_wan.webp", help="the same, moving (default: %(default)s)")
     add_run_arguments(parser)
     args = settled(parser)

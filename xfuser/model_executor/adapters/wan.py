@@ -147,7 +147,7 @@ FAMILY = Family(
             ("WanPipeline",),
             lambda: shipped("tiny-wan"),
             "prompt",
-            3.0,
+            5.0,
             THRESHOLDS,
             toy=build_small,
             toy_arguments={"num_frames": 5, "max_sequence_length": TEXT_TOKENS},
