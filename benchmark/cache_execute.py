@@ -5,6 +5,8 @@
     python benchmark/cache_execute.py --sweep
     torchrun --nproc_per_node=2 benchmark/cache_execute.py --ulysses_degree 2
 
+Each method makes 128 images, or 32 clips, unless --num_images says otherwise.
+
 Writes cache_execute_results.json, the images, comparison_sheet.png and report.html into --output_dir. A row that fails
 does not keep the others from being written; the exit code is then 1, and 3 where a cache never hit.
 """
@@ -33,6 +35,7 @@ from benchmark.common import (  # noqa: E402
     bases_of,
     describe_run,
     evaluation_folder,
+    judged_by,
     sampling_of,
 )
 from benchmark.judge import Judge  # noqa: E402
@@ -92,7 +95,6 @@ def parser() -> argparse.ArgumentParser:
     result = OneLineParser(description=__doc__.splitlines()[0])
     add_model_arguments(result, list(MODEL_TYPES))
     add_sampling_arguments(result)
-    result.set_defaults(num_images=128)
     group = result.add_argument_group("comparison")
     group.add_argument(
         "--cache_methods",
@@ -250,6 +252,7 @@ def check_parallel(args: argparse.Namespace, parallel: ParallelConfig, rows: lis
 def execute(args: argparse.Namespace, console: Console) -> dict[str, Any] | None:
     """Run the comparison and write its files; returns the document, on the first rank."""
     resolve_model(args)
+    args.num_images = args.num_images or judged_by(args.model_type)
     device = choose_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)

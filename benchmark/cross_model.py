@@ -29,7 +29,15 @@ from xfuser.core.console import check_output_folder, quiet_libraries  # noqa: E4
 quiet_libraries()
 
 from benchmark import cache_execute  # noqa: E402
-from benchmark.common import bases_of, captions_of, describe_run, evaluation_folder, sampling_of, spread  # noqa: E402
+from benchmark.common import (  # noqa: E402
+    bases_of,
+    captions_of,
+    describe_run,
+    evaluation_folder,
+    judged_by,
+    sampling_of,
+    spread,
+)
 from benchmark.judge import Judge  # noqa: E402
 from benchmark.measure import measure  # noqa: E402
 from benchmark.outcomes import failures  # noqa: E402
@@ -56,7 +64,7 @@ def parser() -> OneLineParser:
     result = OneLineParser(description=__doc__.splitlines()[0])
     result.add_argument("--models", nargs="+", help="shipped models (default: all that are in this installation)")
     result.add_argument("--cache_methods", nargs="+", default=["All"], help="base methods (default: the paper's five)")
-    result.add_argument("--num_images", type=positive, default=128, help="a row (default: %(default)s)")
+    result.add_argument("--num_images", type=positive, help="a row (default: 128, of clips 32)")
     result.add_argument("--batch_size", type=positive, default=16, help="images at once (default: %(default)s)")
     result.add_argument("--num_inference_steps", type=positive, help="denoising steps (default: each model's own)")
     result.add_argument("--seed", type=int, default=400000, help="no calibration's seeds (default: %(default)s)")
@@ -73,9 +81,10 @@ def command_of(args: argparse.Namespace, model: str) -> argparse.Namespace:
             given += [f"--{name}", str(getattr(args, name))]
     command = cache_execute.parser().parse_args(given)
     resolve_model(command)
+    command.num_images = command.num_images or judged_by(command.model_type)
     captions = captions_of(command.model_type)
     if captions:
-        command.prompt = list(spread(captions, args.num_images))
+        command.prompt = list(spread(captions, command.num_images))
     return command
 
 

@@ -24,7 +24,7 @@ LARGEST, LARGEST_WITH_CALIBRATION = 10e6, 10.5e6  # bytes
 SHIPPED = pytest.mark.skipif(
     not shipped("tiny-sgdiff").is_dir(), reason="tiny-sgdiff's weights are not in this checkout"
 )
-STEPS = ("--autoencoder_steps=1", "--encoder_steps=1", "--unet_steps=2")
+STEPS = ("--autoencoder_steps=1", "--encoder_steps=1", "--unet_steps=2", "--decoder_steps=1")
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +96,11 @@ def test_trainings_go_on_from_their_checkpoints(folder: Path, scripts: dict[str,
         with safe_open(folder / "work" / f"{stage}.safetensors", framework="pt") as opened:
             return opened.metadata()["step"]
 
-    assert [step(stage) for stage in ("autoencoder", "encoder", "unet")] == ["1", "1", "2"]
+    stages = ("autoencoder", "encoder", "unet", "decoder")
+    assert [step(stage) for stage in stages] == ["1", "1", "2", "1"]
     made = [(folder / "work" / f"{name}.safetensors").stat().st_mtime_ns for name in ("scenes", "latents")]
     make(scripts, folder, "--stages", "unet", "--unet_steps=3")
-    assert [step(stage) for stage in ("autoencoder", "encoder", "unet")] == ["1", "1", "3"]
+    assert [step(stage) for stage in stages] == ["1", "1", "3", "1"]
     assert made == [(folder / "work" / f"{name}.safetensors").stat().st_mtime_ns for name in ("scenes", "latents")]
 
 
@@ -120,6 +121,19 @@ def test_a_pipeline_is_trained_on_with_its_encoder_or_without(
 
     assert changed("unet") and changed("graph_encoder") == along
     assert not (tmp_path / "autoencoder.safetensors").exists()
+
+
+def test_the_decoder_learns_without_moving_the_latents(
+    folder: Path, scripts: dict[str, ModuleType], tmp_path: Path
+) -> None:
+    arguments = ["--start", str(folder / "model"), "--workdir", str(tmp_path), "--output", str(tmp_path / "model")]
+    make(scripts, folder, *arguments, "--stages", "decoder", "export", "--decoder_steps=2")
+    vaes = [load_pipeline("tiny-sgdiff", str(each)).pipeline.vae for each in (folder / "model", tmp_path / "model")]
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    before, after = (vae.encode(image).latent_dist.mode() for vae in vaes)
+    # The latents are made standard anew, from the same scenes.
+    assert torch.allclose(before, after, atol=0.02)
+    assert not torch.equal(*(vae.decode(before).sample for vae in vaes))
 
 
 def test_the_pretraining_can_be_learnt(scripts: dict[str, ModuleType]) -> None:
