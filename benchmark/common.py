@@ -30,7 +30,8 @@ def add_evaluation_arguments(group: Any, output: str) -> None:
     group.add_argument(
         "--prompt",
         nargs="+",
-        help="prompts, or scene graphs as JSON, taken in turn (default: four of its own, or the model's own graphs)",
+        help="prompts, or scene graphs as JSON, taken in turn (default: those that a small model was trained on or "
+        "brings, spread; else four of its own)",
     )
     group.add_argument(
         "--evaluation",
@@ -103,15 +104,14 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
         ValueError: Prompts or sizes are named for a model that takes class labels.
     """
     own = MODEL_TYPES[args.model_type].guidance_scale
-    prompts: Sequence[str] = args.prompt or DEFAULT_PROMPTS
+    count = args.num_images or judged_by(args.model_type)
+    known = captions_of(args.model_type)
     if MODEL_TYPES[args.model_type].conditioned_on == "scene_graph":
         for name in ("height", "width"):
             if getattr(args, name) is not None:
                 raise ValueError(f"--{name}: --model_type {args.model_type} draws one size only; leave it out")
-        known = captions_of(args.model_type)
         if not args.prompt and not known:
             raise ValueError(f"--prompt is missing: {args.model_type} is not in this installation, nor are its graphs")
-        prompts = args.prompt or spread(known, args.num_images)
     if MODEL_TYPES[args.model_type].conditioned_on == "label":
         for name in PROMPT_ONLY:
             if getattr(args, name) is not None:
@@ -119,12 +119,12 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
                     f"--{name}: --model_type {args.model_type} takes class labels, all in turn; leave it out"
                 )
     return Sampling(
-        args.num_images,
+        count,
         args.batch_size,
         args.num_inference_steps,
         own if args.guidance_scale is None else args.guidance_scale,
         args.seed,
-        tuple(prompts),
+        tuple(args.prompt or spread(known, count) or DEFAULT_PROMPTS),
         args.height,
         args.width,
     )

@@ -31,12 +31,10 @@ quiet_libraries()
 from benchmark import cache_execute  # noqa: E402
 from benchmark.common import (  # noqa: E402
     bases_of,
-    captions_of,
     describe_run,
     evaluation_folder,
     judged_by,
     sampling_of,
-    spread,
 )
 from benchmark.judge import Judge  # noqa: E402
 from benchmark.measure import measure  # noqa: E402
@@ -82,9 +80,6 @@ def command_of(args: argparse.Namespace, model: str) -> argparse.Namespace:
     command = cache_execute.parser().parse_args(given)
     resolve_model(command)
     command.num_images = command.num_images or judged_by(command.model_type)
-    captions = captions_of(command.model_type)
-    if captions:
-        command.prompt = list(spread(captions, command.num_images))
     return command
 
 
@@ -112,9 +107,11 @@ def cells_of(args: argparse.Namespace) -> list[tuple[argparse.Namespace, str]]:
 
 def settings_of(command: argparse.Namespace, method: str) -> dict[str, Any]:
     """What a cell's results depend on, as its file says it; a cell with the same is not made again."""
-    names = ("model_type", "num_images", "batch_size", "num_inference_steps", "seed", "prompt")
+    names = ("model_type", "num_images", "batch_size", "num_inference_steps", "seed")
     calibration = shipped_trajectory(command.model_type, command.num_inference_steps)
     named = {name: getattr(command, name) for name in names} | {"method": method}
+    if MODEL_TYPES[command.model_type].conditioned_on != "label":
+        named["prompt"] = list(sampling_of(command).prompts)
     colour = ColourFeatures.installed() and not MODEL_TYPES[command.model_type].evaluated
     return named | {"trajectory": calibration.name if calibration else None, "colour": colour}
 
