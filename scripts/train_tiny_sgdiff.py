@@ -210,7 +210,7 @@ def parse_args() -> argparse.Namespace:
     add("--decoder_steps", type=int, default=3000, help="batches (default: %(default)s)")
     add("--batch_size", type=int, default=32, help="scenes a batch of the UNet (default: %(default)s)")
     add("--ema", type=float, default=0.998, help="decay of the UNet's averaged weights (default: %(default)s)")
-    add_judging_arguments(parser, 50, 3.0, ROOT / "docs" / "images" / "tiny_sgdiff_samples.png", judged=256)
+    add_judging_arguments(parser, 50, 6.0, ROOT / "docs" / "images" / "tiny_sgdiff_samples.png", judged=256)
     add_run_arguments(parser)
     return settled(parser)
 

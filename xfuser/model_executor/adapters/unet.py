@@ -122,7 +122,7 @@ FAMILY = Family(
             ("SceneGraphPipeline",),
             lambda: shipped("tiny-sgdiff"),
             "scene_graph",
-            3.0,
+            6.0,
             THRESHOLDS,
             reads_length=False,
             module="xfuser.model_executor.pipelines.scene_graph",

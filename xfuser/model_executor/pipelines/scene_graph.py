@@ -62,7 +62,7 @@ class SceneGraphPipeline(DiffusionPipeline):
         self,
         scene_graphs: Graph | Sequence[Graph],
         num_inference_steps: int = 50,
-        guidance_scale: float = 3.0,
+        guidance_scale: float = 6.0,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
