@@ -5,7 +5,7 @@
     python benchmark/cache_execute.py --sweep
     torchrun --nproc_per_node=2 benchmark/cache_execute.py --ulysses_degree 2
 
-Each method makes 128 images, or 32 clips, unless --num_images says otherwise.
+Each method makes 128 images, or 64 clips, unless --num_images says otherwise.
 
 Writes cache_execute_results.json, the images, comparison_sheet.png and report.html into --output_dir. A row that fails
 does not keep the others from being written; the exit code is then 1, and 3 where a cache never hit.

@@ -93,8 +93,8 @@ def shipped_gates(args: argparse.Namespace) -> Path | None:
 
 
 def judged_by(model_type: str) -> int:
-    """How many images a row is judged by where nobody says so; clips take longer, and show more each."""
-    return 32 if MODEL_TYPES[model_type].makes == "frames" else 128
+    """How many images a row is judged by where nobody says so; clips take longer, and a Fréchet distance wants 56."""
+    return 64 if MODEL_TYPES[model_type].makes == "frames" else 128
 
 
 def sampling_of(args: argparse.Namespace) -> Sampling:

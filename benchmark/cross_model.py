@@ -62,7 +62,7 @@ def parser() -> OneLineParser:
     result = OneLineParser(description=__doc__.splitlines()[0])
     result.add_argument("--models", nargs="+", help="shipped models (default: all that are in this installation)")
     result.add_argument("--cache_methods", nargs="+", default=["All"], help="base methods (default: the paper's five)")
-    result.add_argument("--num_images", type=positive, help="a row (default: 128, of clips 32)")
+    result.add_argument("--num_images", type=positive, help="a row (default: 128, of clips 64)")
     result.add_argument("--batch_size", type=positive, default=16, help="images at once (default: %(default)s)")
     result.add_argument("--num_inference_steps", type=positive, help="denoising steps (default: each model's own)")
     result.add_argument("--seed", type=int, default=400000, help="no calibration's seeds (default: %(default)s)")
