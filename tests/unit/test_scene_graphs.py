@@ -263,7 +263,7 @@ def test_benchmarks_draw_the_models_own_graphs(folder: Path, tmp_path: Path, mon
     args = cache_execute.parser().parse_args(["--model", "tiny-sgdiff", "--num_images", "2"])
     resolve_model(args)
     sampling = sampling_of(args)
-    assert sampling.prompts == tuple(own) and sampling.guidance_scale == 3.0
+    assert sampling.prompts == tuple(own) and sampling.guidance_scale == 6.0
     loaded = load_pipeline("tiny-sgdiff")
     assert loaded.generate(conditions_of(loaded, sampling, 0, 2), [0, 1], 1).shape == (2, 32, 32, 3)
     args.height = 64

@@ -182,11 +182,11 @@ def test_what_is_missing_is_said_at_once(
 @SHIPPED
 def test_the_shipped_model_moves_what_it_is_told() -> None:
     judged = json.loads((shipped("tiny-wan") / "evaluation" / "tracked.json").read_text())
-    assert judged["composed"]["both"] > 0.95
+    assert judged["composed"]["both"] > 0.95 and judged["held_out_pairs"]["both"] >= 0.8
     assert set(captions_of("tiny-wan")) >= {"red apple moving right", "rocket moving up"}
     tracker = ObjectTracker.load(shipped("tiny-wan") / "evaluation" / "objects.safetensors")
     asked = [("taxi", "right"), ("rocket", "up"), ("blue heart", "left"), ("crab", "down")]
     prompts = [" moving ".join(each) for each in asked]
-    clips = torch.from_numpy(load_pipeline("tiny-wan").generate(prompts, [0, 1, 2, 3], num_inference_steps=12))
+    clips = torch.from_numpy(load_pipeline("tiny-wan").generate(prompts, [0, 1, 2, 3], num_inference_steps=25))
     tracks = [tracker.track(clip) for clip in clips]
     assert sum((each.name, each.direction) == pair for each, pair in zip(tracks, asked, strict=True)) >= 3
