@@ -1,4 +1,4 @@
-"""Does a cache of blocks inside the evaluated steps add anything to the plan of the trajectory?
+"""Judge caches of blocks inside the evaluated steps against the plan of the trajectory alone.
 
     python benchmark/hierarchical.py --budgets .5 .38 --num_images 64 --threads 1
 
@@ -34,12 +34,15 @@ from benchmark.judge import closeness  # noqa: E402
 from benchmark.measure import DEFAULT_PROMPTS, Sampling  # noqa: E402
 from benchmark.peer_tools import BlockCounter  # noqa: E402
 from evaluation.metrics import difference_interval, mean_interval, worst_tenth  # noqa: E402
+from xfuser.config import CacheConfig  # noqa: E402
 from xfuser.config.arguments import positive  # noqa: E402
+from xfuser.config.trajectory import TrajectoryConfig  # noqa: E402
 from xfuser.core.distributed.environment import describe_environment  # noqa: E402
 from xfuser.core.files import write_json  # noqa: E402
 from xfuser.model_executor.adapters import denoisers_of, spec_of  # noqa: E402
 from xfuser.model_executor.cache import apply_cache_on_transformer  # noqa: E402
 from xfuser.model_executor.cache.adacorrection.trajectory import attach_trajectory  # noqa: E402
+from xfuser.model_executor.cache.adacorrection.trajectory.calibration import Calibration  # noqa: E402
 from xfuser.model_executor.pipelines import LoadedPipeline  # noqa: E402
 from xfuser.model_executor.pipelines.shipped import shipped_models, shipped_trajectory  # noqa: E402
 
@@ -67,6 +70,11 @@ class Inside:
         return {"use_cache": self.method, **corrected}
 
 
+def least_work(known: Calibration) -> float:
+    """Find the share of all evaluations that the calibration's smallest plan makes."""
+    return min(each.plan.cost for each in known.learned.values())
+
+
 def judge(
     loaded: LoadedPipeline,
     file: Path,
@@ -78,10 +86,12 @@ def judge(
     """Generate all images without a cache, and under every budget and cache of blocks.
 
     Returns:
-        A row for every budget, alone and with each cache of blocks; the latter with the trajectory alone at their work.
+        A row for every budget, alone and with each cache of blocks; the latter with the trajectory alone at their work,
+        where the file has a plan of so little.
     """
     (denoiser,) = denoisers_of(loaded.pipeline)
     counter = BlockCounter((block, 1.0) for block in spec_of(denoiser).blocks(denoiser))
+    least = least_work(Calibration.load(file))
     uncached = images_of(loaded, sampling)
     whole = counter.take()
 
@@ -98,7 +108,7 @@ def judge(
     for budget in budgets:
         for inside in (None, *within):
             found, work = near(budget, inside)
-            alone = None if inside is None else near(work)
+            alone = None if inside is None or work < least else near(work)
             rows.append(_row(budget, inside, found, work, alone))
             done(rows[-1])
     counter.undo()
@@ -149,29 +159,48 @@ def _closeness(entry: Mapping[str, Any]) -> str:
 def main() -> None:
     """Run the command."""
     parser = OneLineParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=sorted(shipped_models()), default="tiny-flux", help="default: %(default)s")
-    parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.38], help="default: .5 .38")
-    parser.add_argument("--method", default="Fb", help="the base method inside (default: %(default)s)")
-    parser.add_argument("--thresholds", type=float, nargs="*", default=[0.05, 0.1], help="default: .05 .1")
-    parser.add_argument(
-        "--block_budgets", type=float, nargs="*", default=[0.9, 0.8], help="of blocks, corrected (default: .9 .8)"
+    add = parser.add_argument
+    add("--model", choices=sorted(shipped_models()), default="tiny-flux", help="default: %(default)s")
+    add(
+        "--budgets",
+        type=float,
+        nargs="+",
+        default=[0.5, 0.38],
+        help="shares of steps to evaluate (default: .5 .38)",
     )
-    parser.add_argument("--num_images", type=positive, default=64, help="default: %(default)s")
-    parser.add_argument("--num_inference_steps", type=positive, default=50, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=820_000, help="of the first image (default: %(default)s)")
-    parser.add_argument("--batch_size", type=positive, default=16, help="default: %(default)s")
-    parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's own choice)")
-    parser.add_argument("--output_dir", type=Path, default=Path("hierarchical"), help="default: %(default)s")
+    add("--method", default="Fb", help="the base method inside (default: %(default)s)")
+    add("--thresholds", type=float, nargs="*", default=[0.05, 0.1], help="its rel_l1_thresh (default: .05 .1)")
+    add(
+        "--block_budgets",
+        type=float,
+        nargs="*",
+        default=[0.9, 0.8],
+        help="shares of the blocks of evaluated steps to evaluate, with + AdaCorrection (default: .9 .8)",
+    )
+    add("--num_images", type=positive, default=64, help="to judge by (default: %(default)s)")
+    add("--num_inference_steps", type=positive, default=50, help="denoising steps (default: %(default)s)")
+    add("--seed", type=int, default=820_000, help="of the first image (default: %(default)s)")
+    add("--batch_size", type=positive, default=16, help="images at once (default: %(default)s)")
+    add("--threads", type=positive, help="CPU threads (default: torch's own choice)")
+    add("--output_dir", type=Path, default=Path("hierarchical"), help="default: %(default)s")
     args = parser.parse_args()
+    within = [Inside(args.method, threshold=each) for each in args.thresholds]
+    within += [Inside(args.method, budget=each) for each in args.block_budgets]
     try:
+        for budget in args.budgets:
+            TrajectoryConfig(adacorr_budget=budget)
+            for inside in within:
+                CacheConfig(**inside.settings(max(1, int(budget * args.num_inference_steps))))
         steps = args.num_inference_steps
         file = shipped_trajectory(args.model, steps)
         if file is None:
-            raise ValueError(f"{args.model} brings no calibration of the trajectory for {steps} steps; try 28 or 50")
+            raise ValueError(f"{args.model} brings no calibration of the trajectory for {steps} steps; name others")
         (known,) = check([file], args.num_images, args.seed)
         if len(known.places) > 1:
             # A cache of blocks takes half a batch for the begin of another generation.
             raise ValueError(f"{args.model} is guided, and its plans evaluate single branches; choose one without")
+        if min(args.budgets) < least_work(known):
+            raise ValueError(f"--budgets: {file.name} has plans from {least_work(known):.2f} on; name none below")
         check_output_folder(args.output_dir)
     except ValueError as error:
         parser.error(str(error))
@@ -181,8 +210,6 @@ def main() -> None:
     prompts = spread(captions_of(args.model), args.num_images) or DEFAULT_PROMPTS
     guidance = loaded.spec.guidance_scale
     sampling = Sampling(args.num_images, args.batch_size, steps, guidance, args.seed, prompts)
-    within = [Inside(args.method, threshold=each) for each in args.thresholds]
-    within += [Inside(args.method, budget=each) for each in args.block_budgets]
     console = Console() if sys.stdout.isatty() else Console(width=140)
 
     def tell(row: dict[str, Any]) -> None:

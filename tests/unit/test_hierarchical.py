@@ -29,12 +29,24 @@ def test_a_cache_inside_saves_work_and_is_compared_at_that_work(tmp_path: Path) 
     assert "0.6 of the blocks" in corrected["inside"]
 
 
+def test_a_row_of_less_work_than_any_plan_stands_alone(tmp_path: Path) -> None:
+    arguments = ["--num_inference_steps=28", "--budgets=.22", "--thresholds=9", "--block_budgets"]
+    run(*arguments, "--output_dir", str(tmp_path / "out"))
+    _, base = json.loads((tmp_path / "out" / hierarchical.RESULTS).read_text())["results"]
+    assert base["work"] < 0.14 and "alone" not in base
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--model=tiny-dit"], "is guided"),
         (["--num_inference_steps=7"], "brings no calibration"),
         (["--seed", str(1 << 29)], "judge by others"),
+        (["--method=Nope"], "use_cache='Nope' is not known"),
+        (["--thresholds=-1"], "rel_l1_thresh=-1.0"),
+        (["--block_budgets=2"], "adacorr_budget=2.0"),
+        (["--budgets=1.5"], "adacorr_budget=1.5"),
+        (["--budgets=.01"], "has plans from 0.16 on"),
     ],
 )
 def test_what_cannot_be_judged_is_refused(
