@@ -5,8 +5,6 @@
     python benchmark/cache_execute.py --sweep
     torchrun --nproc_per_node=2 benchmark/cache_execute.py --ulysses_degree 2
 
-Each method makes 128 images, or 64 clips, unless --num_images says otherwise.
-
 Writes cache_execute_results.json, the images, comparison_sheet.png and report.html into --output_dir. A row that fails
 does not keep the others from being written; the exit code is then 1, and 3 where a cache never hit.
 """
@@ -30,12 +28,12 @@ from xfuser.core.console import check_output_folder, quiet_libraries  # noqa: E4
 quiet_libraries()
 
 from benchmark.common import (  # noqa: E402
+    HOW_MANY,
     add_evaluation_arguments,
     announce,
     bases_of,
     describe_run,
     evaluation_folder,
-    judged_by,
     sampling_of,
 )
 from benchmark.judge import Judge  # noqa: E402
@@ -94,7 +92,7 @@ SHEET_COLUMNS = 12
 def parser() -> argparse.ArgumentParser:
     result = OneLineParser(description=__doc__.splitlines()[0])
     add_model_arguments(result, list(MODEL_TYPES))
-    add_sampling_arguments(result)
+    add_sampling_arguments(result, HOW_MANY)
     group = result.add_argument_group("comparison")
     group.add_argument(
         "--cache_methods",
@@ -252,7 +250,6 @@ def check_parallel(args: argparse.Namespace, parallel: ParallelConfig, rows: lis
 def execute(args: argparse.Namespace, console: Console) -> dict[str, Any] | None:
     """Run the comparison and write its files; returns the document, on the first rank."""
     resolve_model(args)
-    args.num_images = args.num_images or judged_by(args.model_type)
     device = choose_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -279,7 +276,7 @@ def execute(args: argparse.Namespace, console: Console) -> dict[str, Any] | None
     if not mesh.is_first:
         measure(loaded, rows, sampling, lenient=sweep is not None, mesh=mesh)
         return None
-    console.print(announce(loaded, len(rows), args))
+    console.print(announce(loaded, len(rows), sampling))
     if "All" in args.cache_methods:
         for base, settings in bases_of(args, args.cache_ratio_threshold).items():
             if lacks_calibration(base, settings):

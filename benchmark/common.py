@@ -23,6 +23,8 @@ from xfuser.model_executor.pipelines.shipped import shared_parts, shipped_models
 
 PROMPT_ONLY = ("prompt", "height", "width")
 GRAPHS = "scene_graphs.json"
+IMAGES, CLIPS = 128, 64  # a row, where nobody says how many; a Fréchet distance wants 56
+HOW_MANY = f"images of each method (default: {IMAGES}, or {CLIPS} clips)"
 
 
 def add_evaluation_arguments(group: Any, output: str) -> None:
@@ -92,11 +94,6 @@ def shipped_gates(args: argparse.Namespace) -> Path | None:
     return path if path.is_file() else None
 
 
-def judged_by(model_type: str) -> int:
-    """How many images a row is judged by where nobody says so; clips take longer, and a Fréchet distance wants 56."""
-    return 64 if MODEL_TYPES[model_type].makes == "frames" else 128
-
-
 def sampling_of(args: argparse.Namespace) -> Sampling:
     """What every row generates.
 
@@ -104,7 +101,7 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
         ValueError: Prompts or sizes are named for a model that takes class labels.
     """
     own = MODEL_TYPES[args.model_type].guidance_scale
-    count = args.num_images or judged_by(args.model_type)
+    count = args.num_images or (CLIPS if MODEL_TYPES[args.model_type].makes == "frames" else IMAGES)
     known = captions_of(args.model_type)
     if MODEL_TYPES[args.model_type].conditioned_on == "scene_graph":
         for name in ("height", "width"):
@@ -168,9 +165,9 @@ def _told(loaded: LoadedPipeline, sampling: Sampling) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in ("prompts", "height", "width")}
 
 
-def announce(loaded: LoadedPipeline, rows: int, args: argparse.Namespace) -> str:
+def announce(loaded: LoadedPipeline, rows: int, sampling: Sampling) -> str:
     """What is about to run, in a line or two."""
-    text = f"{loaded.name}: {rows} methods, {args.num_images} images each, on {loaded.pipeline.device}"
+    text = f"{loaded.name}: {rows} methods, {sampling.num_images} images each, on {loaded.pipeline.device}"
     if loaded.name.startswith("toy-"):
         text += "\nThis is a toy with random weights: it shows decisions and speed, not quality. See --model."
     return text

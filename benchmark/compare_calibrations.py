@@ -176,7 +176,7 @@ def table_of(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def images_of(loaded: LoadedPipeline, sampling: Sampling) -> np.ndarray:
-    """Generate the images of a sampling under whatever is attached, float32 [N, H, W, 3] in [0, 1]."""
+    """Generate the images of a sampling under whatever is attached, float32 [N, …, H, W, 3] in [0, 1]."""
     images = []
     for start in range(0, sampling.num_images, sampling.batch_size):
         size = min(sampling.batch_size, sampling.num_images - start)

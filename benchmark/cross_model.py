@@ -29,13 +29,7 @@ from xfuser.core.console import check_output_folder, quiet_libraries  # noqa: E4
 quiet_libraries()
 
 from benchmark import cache_execute  # noqa: E402
-from benchmark.common import (  # noqa: E402
-    bases_of,
-    describe_run,
-    evaluation_folder,
-    judged_by,
-    sampling_of,
-)
+from benchmark.common import HOW_MANY, bases_of, describe_run, evaluation_folder, sampling_of  # noqa: E402
 from benchmark.judge import Judge  # noqa: E402
 from benchmark.measure import measure  # noqa: E402
 from benchmark.outcomes import failures  # noqa: E402
@@ -62,7 +56,7 @@ def parser() -> OneLineParser:
     result = OneLineParser(description=__doc__.splitlines()[0])
     result.add_argument("--models", nargs="+", help="shipped models (default: all that are in this installation)")
     result.add_argument("--cache_methods", nargs="+", default=["All"], help="base methods (default: the paper's five)")
-    result.add_argument("--num_images", type=positive, help="a row (default: 128, of clips 64)")
+    result.add_argument("--num_images", type=positive, help=HOW_MANY)
     result.add_argument("--batch_size", type=positive, default=16, help="images at once (default: %(default)s)")
     result.add_argument("--num_inference_steps", type=positive, help="denoising steps (default: each model's own)")
     result.add_argument("--seed", type=int, default=400000, help="no calibration's seeds (default: %(default)s)")
@@ -79,7 +73,6 @@ def command_of(args: argparse.Namespace, model: str) -> argparse.Namespace:
             given += [f"--{name}", str(getattr(args, name))]
     command = cache_execute.parser().parse_args(given)
     resolve_model(command)
-    command.num_images = command.num_images or judged_by(command.model_type)
     return command
 
 
@@ -107,11 +100,12 @@ def cells_of(args: argparse.Namespace) -> list[tuple[argparse.Namespace, str]]:
 
 def settings_of(command: argparse.Namespace, method: str) -> dict[str, Any]:
     """What a cell's results depend on, as its file says it; a cell with the same is not made again."""
-    names = ("model_type", "num_images", "batch_size", "num_inference_steps", "seed")
+    sampling = sampling_of(command)
+    names = ("num_images", "batch_size", "num_inference_steps", "seed")
     calibration = shipped_trajectory(command.model_type, command.num_inference_steps)
-    named = {name: getattr(command, name) for name in names} | {"method": method}
+    named = {"model_type": command.model_type, "method": method} | {name: getattr(sampling, name) for name in names}
     if MODEL_TYPES[command.model_type].conditioned_on != "label":
-        named["prompt"] = list(sampling_of(command).prompts)
+        named["prompt"] = list(sampling.prompts)
     colour = ColourFeatures.installed() and not MODEL_TYPES[command.model_type].evaluated
     return named | {"trajectory": calibration.name if calibration else None, "colour": colour}
 

@@ -29,6 +29,7 @@ from xfuser.core.console import check_output_folder, quiet_libraries  # noqa: E4
 quiet_libraries()
 
 from benchmark.common import (  # noqa: E402
+    HOW_MANY,
     add_evaluation_arguments,
     announce,
     bases_of,
@@ -68,14 +69,14 @@ PUBLISHED_TITLE = "in the paper, other models"
 def parser() -> argparse.ArgumentParser:
     result = OneLineParser(description=__doc__.splitlines()[0])
     add_model_arguments(result, list(MODEL_TYPES))
-    add_sampling_arguments(result)
+    add_sampling_arguments(result, HOW_MANY)
     group = result.add_argument_group("comparison")
     group.add_argument("--use_cache", choices=base_names(), default="Fast", help="base method (default: %(default)s)")
     group.add_argument("--rel_l1_thresh", type=float, help="its threshold (default: the model type's own)")
     add_evaluation_arguments(group, "sensitivity_results")
     add_base_arguments(result)
     add_correction_arguments(result)
-    result.set_defaults(num_images=128, adacorr_mode="gate")
+    result.set_defaults(adacorr_mode="gate")
     return result
 
 
@@ -112,7 +113,7 @@ def execute(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     sampling = sampling_of(args)
     loaded = load_pipeline(args.model_type, args.model, device)
     judge = Judge.of(loaded, evaluation_folder(loaded, args))
-    console.print(announce(loaded, len(rows), args))
+    console.print(announce(loaded, len(rows), sampling))
     args.output_dir.mkdir(parents=True, exist_ok=True)
     everything = measure(loaded, rows, sampling, judge.see)
     runs = [run for run in everything if run.left_out is None]

@@ -141,7 +141,7 @@ def _add_batch(commands: argparse._SubParsersAction[OneLineParser]) -> None:
     )
     add_batch_arguments(batch)
     add_model_arguments(batch, list(MODEL_TYPES))
-    add_sampling_arguments(batch, counted=False)
+    add_sampling_arguments(batch, images=None)
     batch.add_argument(
         "--max_sequence_length", type=positive, help="text tokens of a prompt (default: the pipeline's own)"
     )

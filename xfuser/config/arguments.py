@@ -52,11 +52,11 @@ def add_model_arguments(parser: argparse.ArgumentParser, model_types: list[str])
     group.add_argument("--threads", type=positive, help="CPU threads (default: torch's own choice)")
 
 
-def add_sampling_arguments(parser: argparse.ArgumentParser, counted: bool = True) -> None:
-    """What is generated, and in how many steps; ``counted`` where the command line says how many images."""
+def add_sampling_arguments(parser: argparse.ArgumentParser, images: str | None = "images to generate") -> None:
+    """What is generated, and in how many steps; ``images`` is the help of how many, ``None`` where nobody says it."""
     group = parser.add_argument_group("sampling")
-    if counted:
-        group.add_argument("--num_images", type=positive, help="images to generate")
+    if images is not None:
+        group.add_argument("--num_images", type=positive, help=images)
     group.add_argument("--batch_size", type=positive, default=16, help="images at once (default: %(default)s)")
     group.add_argument(
         "--num_inference_steps",
