@@ -22,19 +22,16 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
 from diffusers.models.attention_processor import AttnProcessor
-from tiny_flux_parts import T5_HIDDEN, T5_TOKENS, Emoji, Phrases, load_emoji
+from tiny_flux_parts import T5_HIDDEN, T5_TOKENS, load_emoji
+from tiny_text_to_image import COARSE, add_denoiser_arguments, encoded, train_denoiser
 from torch import nn
-from train_tiny_sd import encoded
 from training import (
-    Training,
     add_run_arguments,
     add_stage_arguments,
     add_start_argument,
     begin,
-    checkpoint,
     finish_export,
     plan_stage,
     settled,
@@ -51,7 +48,7 @@ from xfuser.model_executor.adapters.pixart import TINY  # noqa: E402
 from xfuser.model_executor.pipelines.shipped import INDEX, shipped_types  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-TRANSFORMERS = ("coarse", "transformer")
+TRANSFORMERS = (COARSE, "transformer")
 STAGES = (*TRANSFORMERS, "export", "judge")
 LINKED = {"vae": "vae", "text_encoder": "text_encoder_2", "tokenizer": "tokenizer_2"}
 CREDITS = """# tiny-pixart
@@ -107,40 +104,6 @@ def build_scheduler() -> DDIMScheduler:
     return DDIMScheduler(timestep_spacing="trailing", clip_sample=False, steps_offset=1, prediction_type="v_prediction")
 
 
-def train_transformer(
-    args: argparse.Namespace,
-    stage: str,
-    transformer: PixArtTransformer2DModel,
-    latents: torch.Tensor,
-    parts: Parts,
-    emoji: Emoji,
-) -> PixArtTransformer2DModel:
-    """Train the stage ``coarse`` or ``transformer`` from the transformer that the one before it left."""
-    steps = {"coarse": args.coarse_steps, "transformer": args.transformer_steps}[stage]
-    plan = args.plan(stage, steps=steps, learning_rate=args.rate, ema=args.ema, batch_size=args.batch_size)
-    training = Training(stage, transformer.train().requires_grad_(True), plan)
-    if stage == "coarse":
-        latents = F.avg_pool2d(latents, 2)
-        latents = latents / latents.std()
-    phrases, usable, scheduler = Phrases(emoji), emoji.trained_on, build_scheduler()
-
-    def loss_at(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        chosen, count = usable[indices], len(indices)
-        dropped = (torch.rand(count, generator=generator) < 0.1).tolist()
-        said = ["" if drop else each for each, drop in zip(phrases(chosen, generator), dropped, strict=True)]
-        states, mask = parts.encode(said)
-        clean = latents[chosen]
-        noise = torch.randn(clean.shape, generator=generator)
-        times = torch.randint(0, scheduler.config.num_train_timesteps, (count,), generator=generator)
-        noisy = scheduler.add_noise(clean, noise, times)
-        with args.autocast():
-            velocity = training.module(noisy, states, times, encoder_attention_mask=mask).sample
-        return F.mse_loss(velocity.float(), scheduler.get_velocity(clean, noise, times))
-
-    training.run(loss_at, len(usable))
-    return training.averaged()
-
-
 def export(args: argparse.Namespace, parts: Parts, transformer: PixArtTransformer2DModel) -> None:
     """Write the pipeline in half precision; what lies in a model beside it is linked."""
     pipeline = PixArtAlphaPipeline(
@@ -151,10 +114,7 @@ def export(args: argparse.Namespace, parts: Parts, transformer: PixArtTransforme
         scheduler=build_scheduler(),
     )
     pipeline.save_pretrained(args.output, safe_serialization=True)
-    flux = args.parts.resolve()
-    beside = flux.parent == args.output.resolve().parent
-    links = {part: f"{flux.name}/{theirs}" for part, theirs in LINKED.items()}
-    finish_export(args.output, CREDITS, links if beside else None)
+    finish_export(args.output, CREDITS, args.parts, LINKED)
 
 
 def parse_args() -> argparse.Namespace:
@@ -170,9 +130,7 @@ def parse_args() -> argparse.Namespace:
     )
     add("--coarse_steps", type=int, default=12000, help="batches (default: %(default)s)")
     add("--transformer_steps", type=int, default=20000, help="batches (default: %(default)s)")
-    add("--rate", type=float, default=1e-3, help="learning rate (default: %(default)s)")
-    add("--batch_size", type=int, default=32, help="images a batch (default: %(default)s)")
-    add("--ema", type=float, default=0.998, help="decay of the averaged weights (default: %(default)s)")
+    add_denoiser_arguments(parser)
     add("--matcher", type=Path, help="of the stage judge (default: evaluation/matcher.safetensors in --parts)")
     add_judging_arguments(parser, 50, 3.0, ROOT / "docs" / "images" / "tiny_pixart_samples.png")
     add_run_arguments(parser)
@@ -193,10 +151,13 @@ def main() -> None:
     if {*TRANSFORMERS, "export"} & set(args.stages):
         parts, transformer = Parts.load(args.parts), started(args, "transformer", build_transformer())
         latents = encoded(args, parts.vae, emoji)
-        wanted = {*args.stages, "transformer"} if "export" in args.stages else set(args.stages)
-        for stage in TRANSFORMERS:
-            if stage in wanted or checkpoint(args, stage).exists():
-                transformer = train_transformer(args, stage, transformer, latents, parts, emoji)
+        steps = {COARSE: args.coarse_steps, "transformer": args.transformer_steps}
+
+        def foretell(noisy: torch.Tensor, times: torch.Tensor, said: list[str]) -> torch.Tensor:
+            states, mask = parts.encode(said)
+            return transformer(noisy, states, times, encoder_attention_mask=mask).sample
+
+        train_denoiser(args, steps, transformer, build_scheduler(), latents, emoji, foretell)
     if "export" in args.stages:
         export(args, parts, transformer)
     if "judge" in args.stages:

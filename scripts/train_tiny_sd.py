@@ -19,29 +19,27 @@ done.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from safetensors import safe_open
-from safetensors.torch import save_file
-from tiny_flux_parts import CLIP_HIDDEN, LATENT_CHANNELS, SIZE, Emoji, Phrases, load_emoji
-from train_tiny_flux import encode_images, train_autoencoder
+from tiny_flux_parts import CLIP_HIDDEN, LATENT_CHANNELS, SIZE, Emoji, load_emoji
+from tiny_text_to_image import COARSE, add_denoiser_arguments, encoded, train_denoiser
+from train_tiny_flux import train_autoencoder
 from training import (
-    Training,
     add_run_arguments,
     add_stage_arguments,
+    add_start_argument,
     begin,
     checkpoint,
     finish_export,
     plan_stage,
     settled,
+    started,
 )
 from transformers import CLIPTextModel, PreTrainedTokenizerFast
 
@@ -51,14 +49,13 @@ from tiny_flux_text import train_text  # noqa: E402
 from tiny_judging import add_judging_arguments, judge  # noqa: E402
 
 from evaluation.metrics.matcher import ImageTextMatcher  # noqa: E402
-from xfuser.core.files import replacing  # noqa: E402
 from xfuser.model_executor.pipelines.shipped import INDEX, shipped_types  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-UNETS = ("coarse", "unet")
+UNETS = (COARSE, "unet")
 STAGES = (*UNETS, "export", "judge")
 CHANNELS = (64, 128)
-LINKED = ("vae", "text_encoder", "tokenizer")
+LINKED = {part: part for part in ("vae", "text_encoder", "tokenizer")}
 CREDITS = """# tiny-sd
 
 A small `StableDiffusionPipeline`, made by `scripts/train_tiny_sd.py`. It was trained on emoji in the styles of Noto
@@ -93,7 +90,9 @@ def load_parts(args: argparse.Namespace, emoji: Emoji) -> Parts:
         clip = CLIPTextModel.from_pretrained(args.parts / "text_encoder").float()
         tokenizer = PreTrainedTokenizerFast.from_pretrained(args.parts / "tokenizer")
     else:
-        trained = argparse.Namespace(**(vars(args) | {"workdir": args.parts, "stages": (), "minutes": None}))
+        trained = argparse.Namespace(
+            **(vars(args) | {"workdir": args.parts, "stages": (), "minutes": None, "start": None})
+        )
         trained.autoencoder_steps = trained.text_steps = 0
         trained.plan = partial(plan_stage, trained)
         vae, text = train_autoencoder(trained, emoji), train_text(trained, emoji)
@@ -125,55 +124,6 @@ def build_scheduler() -> DDIMScheduler:
     return DDIMScheduler(timestep_spacing="trailing", clip_sample=False, steps_offset=1)
 
 
-def encoded(args: argparse.Namespace, vae: AutoencoderKL, emoji: Emoji) -> torch.Tensor:
-    """The latents of all images, kept in the working folder for as long as autoencoder and images are the same."""
-    path = args.workdir / "latents.safetensors"
-    digest = hashlib.sha256(emoji.images.numpy().tobytes())
-    for value in vae.state_dict().values():
-        digest.update(value.numpy().tobytes())
-    made_of = digest.hexdigest()
-    if path.exists():
-        with safe_open(path, framework="pt") as opened:
-            if (opened.metadata() or {}).get("made_of") == made_of:
-                return opened.get_tensor("latents")
-    latents = encode_images(vae, emoji.images)
-    with replacing(path) as temporary:
-        save_file({"latents": latents}, temporary, metadata={"made_of": made_of})
-    return latents
-
-
-def train_unet(
-    args: argparse.Namespace, stage: str, unet: UNet2DConditionModel, latents: torch.Tensor, parts: Parts, emoji: Emoji
-) -> UNet2DConditionModel:
-    """Train the stage ``coarse`` or ``unet`` from the UNet that the one before it left.
-
-    It foretells the noise in latents at a random time, from phrases of which a tenth are dropped.
-    """
-    steps = {"coarse": args.coarse_steps, "unet": args.unet_steps}[stage]
-    plan = args.plan(stage, steps=steps, learning_rate=1e-3, ema=args.ema, batch_size=args.batch_size)
-    training = Training(stage, unet.train().requires_grad_(True), plan)
-    if stage == "coarse":
-        latents = F.avg_pool2d(latents, 2)
-        latents = latents / latents.std()
-    phrases, usable = Phrases(emoji), emoji.trained_on
-    scheduler = build_scheduler()
-
-    def loss_at(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        chosen, count = usable[indices], len(indices)
-        dropped = torch.rand(count, generator=generator) < 0.1
-        said = phrases(chosen, generator)
-        said = ["" if drop else each for each, drop in zip(said, dropped.tolist(), strict=True)]
-        noise = torch.randn(latents[chosen].shape, generator=generator)
-        times = torch.randint(0, scheduler.config.num_train_timesteps, (count,), generator=generator)
-        noisy = scheduler.add_noise(latents[chosen], noise, times)
-        with args.autocast():
-            foretold = training.module(noisy, times, parts.encode(said)).sample
-        return F.mse_loss(foretold.float(), noise)
-
-    training.run(loss_at, len(usable))
-    return training.averaged()
-
-
 def export(args: argparse.Namespace, parts: Parts, unet: UNet2DConditionModel) -> None:
     """Write the pipeline in half precision; what lies in a model beside it is linked."""
     pipeline = StableDiffusionPipeline(
@@ -187,14 +137,14 @@ def export(args: argparse.Namespace, parts: Parts, unet: UNet2DConditionModel) -
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(args.output, safe_serialization=True)
-    beside = is_model(args.parts) and args.parts.resolve().parent == args.output.resolve().parent
-    finish_export(args.output, CREDITS, dict.fromkeys(LINKED, args.parts.resolve().name) if beside else None)
+    finish_export(args.output, CREDITS, args.parts, LINKED)
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = partial(parser.add_argument)
     add_stage_arguments(parser, "tiny-sd", STAGES)
+    add_start_argument(parser)
     add(
         "--parts",
         type=Path,
@@ -203,8 +153,7 @@ def parse_args() -> argparse.Namespace:
     )
     add("--coarse_steps", type=int, default=8000, help="batches (default: %(default)s)")
     add("--unet_steps", type=int, default=15000, help="batches (default: %(default)s)")
-    add("--batch_size", type=int, default=32, help="images a batch (default: %(default)s)")
-    add("--ema", type=float, default=0.998, help="decay of the averaged weights (default: %(default)s)")
+    add_denoiser_arguments(parser)
     add("--matcher", type=Path, help="of the stage judge (default: evaluation/matcher.safetensors in --parts)")
     add_judging_arguments(parser, 50, 3.0, ROOT / "docs" / "images" / "tiny_sd_samples.png")
     add_run_arguments(parser)
@@ -231,12 +180,14 @@ def main() -> None:
     emoji = load_emoji(args.data)
     args.plan = partial(plan_stage, args)
     if {*UNETS, "export"} & set(args.stages):
-        parts, unet = load_parts(args, emoji), build_unet()
+        parts, unet = load_parts(args, emoji), started(args, "unet", build_unet())
         latents = encoded(args, parts.vae, emoji)
-        wanted = {*args.stages, "unet"} if "export" in args.stages else set(args.stages)
-        for stage in UNETS:
-            if stage in wanted or has_checkpoint(args.workdir, stage):
-                unet = train_unet(args, stage, unet, latents, parts, emoji)
+        steps = {COARSE: args.coarse_steps, "unet": args.unet_steps}
+
+        def foretell(noisy: torch.Tensor, times: torch.Tensor, said: list[str]) -> torch.Tensor:
+            return unet(noisy, times, parts.encode(said)).sample
+
+        train_denoiser(args, steps, unet, build_scheduler(), latents, emoji, foretell)
     if "export" in args.stages:
         export(args, parts, unet)
     if "judge" in args.stages:

@@ -36,6 +36,7 @@ from training import (
     begin,
     checkpoint,
     finish_export,
+    noised,
     normalise_latents,
     plan_stage,
     settled,
@@ -131,15 +132,12 @@ def train_unet(
     numbers = encoder.numbers_of(scenes.graphs)
 
     def loss_at(indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        count = len(indices)
-        dropped = torch.rand(count, generator=generator) < 0.1
+        dropped = torch.rand(len(indices), generator=generator) < 0.1
         told = encoder(numbers[indices]) * ~dropped[:, None, None]
-        noise = torch.randn(latents[indices].shape, generator=generator)
-        times = torch.randint(0, scheduler.config.num_train_timesteps, (count,), generator=generator)
-        noisy = scheduler.add_noise(latents[indices], noise, times)
+        noisy, times, target = noised(scheduler, latents[indices], generator)
         with args.autocast():
             foretold = unet(noisy, times, told).sample
-        return F.mse_loss(foretold.float(), scheduler.get_velocity(latents[indices], noise, times))
+        return F.mse_loss(foretold.float(), target)
 
     training.run(loss_at, len(latents))
     training.averaged()

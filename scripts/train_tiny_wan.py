@@ -213,10 +213,7 @@ def export(
     )
     pipeline.save_pretrained(args.output, safe_serialization=True)
     save_objects(sprites, args.output)
-    flux = args.parts.resolve()
-    beside = flux.parent == args.output.resolve().parent
-    links = {part: f"{flux.name}/{theirs}" for part, theirs in LINKED.items()}
-    finish_export(args.output, CREDITS, links if beside else None)
+    finish_export(args.output, CREDITS, args.parts, LINKED)
 
 
 def parse_args() -> argparse.Namespace:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DDIMScheduler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -109,22 +109,30 @@ def origin(args: argparse.Namespace, stage: str, part: str) -> str:
     return f"{path.resolve()} {path.stat().st_mtime_ns}"
 
 
-def finish_export(output: Path, credits: str, linked: Mapping[str, str] | None = None) -> None:
-    """Write a pipeline's credits beside it and print its size.
+def finish_export(
+    output: Path, credits: str, parts: Path | None = None, linked: Mapping[str, str] | None = None
+) -> None:
+    """Write a pipeline's credits beside it, link what it shares with another, and print its size.
 
     Args:
         output: The pipeline's folder.
         credits: Its README.md.
-        linked: Parts that a model beside it has, as shared.json names them; their copies go.
+        parts: The model of which it has parts; where that is no model beside it, they stay copies.
+        linked: Those parts by their names here, with their names there.
     """
     (output / SHARED).unlink(missing_ok=True)
-    if linked:
-        write_text(output / SHARED, json.dumps(dict(linked), indent=2) + "\n")
+    if parts is not None and linked and _is_beside(parts.resolve(), output.resolve()):
+        links = {part: f"{parts.resolve().name}/{theirs}" for part, theirs in linked.items()}
+        write_text(output / SHARED, json.dumps(links, indent=2) + "\n")
         for part in linked:
             shutil.rmtree(output / part)
     write_text(output / "README.md", credits)
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     print(f"export       {output}: {size / 1e6:.2f} MB")
+
+
+def _is_beside(model: Path, output: Path) -> bool:
+    return (model / INDEX).is_file() and model.parent == output.parent
 
 
 def checkpoint(args: argparse.Namespace, stage: str) -> Path:
@@ -163,9 +171,8 @@ def plan_stage(args: argparse.Namespace, stage: str, **settings: Any) -> Plan:
     """The stage's plan: no steps for one that is not to run, which is read from its checkpoint."""
     if stage not in args.stages:
         if not checkpoint(args, stage).exists() and not getattr(args, "start", None):
-            raise SystemExit(
-                f"stage {stage} has no checkpoint in {args.workdir}; add it to --stages, or name a --start"
-            )
+            beginning = ", or name a --start" if hasattr(args, "start") else ""
+            raise SystemExit(f"stage {stage} has no checkpoint in {args.workdir}; add it to --stages{beginning}")
         settings["steps"] = 0
     shared = {"seed": args.seed, "checkpoint_every": args.checkpoint_every, "minutes": args.minutes}
     return Plan(args.workdir, schedule=constant_then_linear, **shared, **settings)
@@ -259,6 +266,17 @@ class Training:
             state.setdefault(int(index), {})[name] = value
             self.step = int(state[int(index)].get("step", torch.tensor(self.step)))
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
+
+def noised(
+    scheduler: DDIMScheduler, clean: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Noise latents, each at a random time: what the denoiser is given, the times, and what it is to foretell."""
+    noise = torch.randn(clean.shape, generator=generator)
+    times = torch.randint(0, scheduler.config.num_train_timesteps, (len(clean),), generator=generator)
+    velocity = scheduler.config.prediction_type == "v_prediction"
+    target = scheduler.get_velocity(clean, noise, times) if velocity else noise
+    return scheduler.add_noise(clean, noise, times), times, target
 
 
 @torch.no_grad()

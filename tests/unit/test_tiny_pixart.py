@@ -10,9 +10,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from emoji import import_scripts, run, train, write_emoji_and_flux
 from safetensors import safe_open
 from safetensors.torch import load_file
+from training_scripts import import_scripts, run, train, write_emoji_and_flux
 
 from evaluation.metrics.matcher import ImageTextMatcher
 from xfuser.model_executor.adapters.family import shipped

@@ -10,8 +10,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from emoji import import_scripts, run, train, write_emoji_and_flux
 from safetensors import safe_open
+from training_scripts import import_scripts, run, train, write_emoji_and_flux
 
 from evaluation.metrics.matcher import ImageTextMatcher
 from xfuser.model_executor.adapters.family import shipped
@@ -129,6 +129,7 @@ def test_parts_come_from_checkpoints_too(scripts: dict[str, ModuleType], folder:
     ("arguments", "said"),
     [
         (["--parts", "NOWHERE"], "name one"),
+        (["--start", "NOWHERE"], "expected a pipeline's folder"),
         (["--matcher", "NOWHERE"], "leave judge out of --stages"),
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -13,13 +12,13 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from safetensors import safe_open
+from training_scripts import import_scripts
 
 from evaluation.metrics.relations import RelationChecker, Sprites, share_right
 from xfuser.model_executor.adapters.family import shipped
 from xfuser.model_executor.pipelines import load_pipeline
 from xfuser.model_executor.pipelines.shipped import shipped_trajectory
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 LARGEST, LARGEST_WITH_CALIBRATION = 10e6, 10.5e6  # bytes
 SHIPPED = pytest.mark.skipif(
     not shipped("tiny-sgdiff").is_dir(), reason="tiny-sgdiff's weights are not in this checkout"
@@ -29,12 +28,7 @@ STEPS = ("--autoencoder_steps=1", "--encoder_steps=1", "--unet_steps=2", "--deco
 
 @pytest.fixture(scope="module")
 def scripts() -> dict[str, ModuleType]:
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        names = ("train_tiny_sgdiff", "tiny_sgdiff_parts", "tiny_flux_parts", "tiny_scenes")
-        return {name: importlib.import_module(name) for name in names}
-    finally:
-        sys.path.remove(str(SCRIPTS))
+    return import_scripts("train_tiny_sgdiff", "tiny_sgdiff_parts", "tiny_flux_parts", "tiny_scenes")
 
 
 @pytest.fixture(scope="module")

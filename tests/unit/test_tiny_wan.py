@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from training_scripts import import_scripts
 
 from benchmark.common import captions_of
 from evaluation.metrics.tracking import ObjectTracker
@@ -23,7 +23,6 @@ from xfuser.model_executor.pipelines import load_pipeline
 from xfuser.model_executor.pipelines.choosing import resolve_model
 from xfuser.model_executor.pipelines.geometry import geometry_of
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 NAMES = ("train_tiny_wan", "tiny_wan_clips", "tiny_wan_parts", "tiny_wan_judging", "tiny_flux_parts")
 STEPS = ("--autoencoder_steps=1", "--decoder_steps=1", "--transformer_steps=2")
 LARGEST = 10e6  # bytes
@@ -32,11 +31,7 @@ SHIPPED = pytest.mark.skipif(not shipped("tiny-wan").is_dir(), reason="tiny-wan'
 
 @pytest.fixture(scope="module")
 def scripts() -> dict[str, ModuleType]:
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        return {name: importlib.import_module(name) for name in NAMES}
-    finally:
-        sys.path.remove(str(SCRIPTS))
+    return import_scripts(*NAMES)
 
 
 def make(scripts: dict[str, ModuleType], folder: Path, *arguments: str) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,17 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+from training_scripts import import_scripts
 
 
 @pytest.fixture(scope="module")
-def loop() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        yield importlib.import_module("training")
-    finally:
-        sys.path.remove(str(SCRIPTS))
+def loop() -> ModuleType:
+    return import_scripts("training")["training"]
 
 
 def trained(loop: ModuleType, folder: Path, steps: int, stop: int | None = None, **plan: Any) -> Any:

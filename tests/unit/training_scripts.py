@@ -1,4 +1,4 @@
-"""Eight captions in two styles, and a tiny-flux of random weights: what the scripts of small models train with."""
+"""The training scripts as tests run them: imported, and on eight captions in two styles with a random tiny-flux."""
 
 from __future__ import annotations
 
