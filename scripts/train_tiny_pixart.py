@@ -25,7 +25,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
 from diffusers.models.attention_processor import AttnProcessor
 from tiny_flux_parts import T5_HIDDEN, T5_TOKENS, load_emoji
-from tiny_text_to_image import COARSE, add_denoiser_arguments, encoded, train_denoiser
+from tiny_text_to_image import COARSE, add_denoiser_arguments, encoded, settle_matcher, train_denoiser
 from torch import nn
 from training import (
     add_run_arguments,
@@ -131,15 +131,12 @@ def parse_args() -> argparse.Namespace:
     add("--coarse_steps", type=int, default=12000, help="batches (default: %(default)s)")
     add("--transformer_steps", type=int, default=20000, help="batches (default: %(default)s)")
     add_denoiser_arguments(parser)
-    add("--matcher", type=Path, help="of the stage judge (default: evaluation/matcher.safetensors in --parts)")
     add_judging_arguments(parser, 50, 3.0, ROOT / "docs" / "images" / "tiny_pixart_samples.png")
     add_run_arguments(parser)
     args = settled(parser)
     if not (args.parts / INDEX).is_file():
         parser.error(f"--parts {args.parts}: expected a tiny-flux ({INDEX}); name one")
-    args.matcher = args.matcher or args.parts / "evaluation" / "matcher.safetensors"
-    if "judge" in args.stages and not args.matcher.is_file():
-        parser.error(f"--matcher: no file {args.matcher}; name one, or leave judge out of --stages")
+    settle_matcher(parser, args)
     return args
 
 

@@ -28,7 +28,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from tiny_flux_parts import CLIP_HIDDEN, LATENT_CHANNELS, SIZE, Emoji, load_emoji
-from tiny_text_to_image import COARSE, add_denoiser_arguments, encoded, train_denoiser
+from tiny_text_to_image import COARSE, add_denoiser_arguments, encoded, settle_matcher, train_denoiser
 from train_tiny_flux import train_autoencoder
 from training import (
     add_run_arguments,
@@ -154,7 +154,6 @@ def parse_args() -> argparse.Namespace:
     add("--coarse_steps", type=int, default=8000, help="batches (default: %(default)s)")
     add("--unet_steps", type=int, default=15000, help="batches (default: %(default)s)")
     add_denoiser_arguments(parser)
-    add("--matcher", type=Path, help="of the stage judge (default: evaluation/matcher.safetensors in --parts)")
     add_judging_arguments(parser, 50, 3.0, ROOT / "docs" / "images" / "tiny_sd_samples.png")
     add_run_arguments(parser)
     args = settled(parser)
@@ -163,9 +162,7 @@ def parse_args() -> argparse.Namespace:
             f"--parts {args.parts}: expected a tiny-flux ({INDEX}), or the working folder of its training "
             "(autoencoder.safetensors and text.safetensors); name one"
         )
-    args.matcher = args.matcher or args.parts / "evaluation" / "matcher.safetensors"
-    if "judge" in args.stages and not args.matcher.is_file():
-        parser.error(f"--matcher: no file {args.matcher}; name one, or leave judge out of --stages")
+    settle_matcher(parser, args)
     return args
 
 
