@@ -9,6 +9,7 @@ steps · gaps² · kinds · budgets numbers.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -20,6 +21,7 @@ Steps = TypeVar("Steps", int, np.ndarray)
 RIDGE = 1e-6  # of the features' mean square, as in the fit
 LARGEST_GAP = 24
 SMALLEST_GAP = 6
+AT_ONCE = 4096  # jumps that are solved at once
 # What was evaluated at the newest three steps, newest first: never two conditional branches alone in a row.
 KINDS = ((FULL, FULL, FULL), (FULL, FULL, CONDITIONAL), (FULL, CONDITIONAL, FULL), (CONDITIONAL, FULL, FULL))
 KINDS += ((CONDITIONAL, FULL, CONDITIONAL),)
@@ -68,18 +70,23 @@ def jump_residuals(gram: Gram, nodes: np.ndarray, starts: np.ndarray, ends: np.n
     Returns:
         The squared distances, [M, E].
     """
-    matrix = gram.matrix
-    features = np.concatenate([nodes, starts[:, None]], axis=1)
-    inner = matrix[features[:, :, None], features[:, None, :]]
-    count = features.shape[1]
+    matrix, nodes = gram.matrix, np.asarray(nodes)
+    features = np.concatenate([nodes, starts[:, None]], axis=1).T  # jumps come last: all are eliminated at once
+    count = len(features)
+    inner = matrix[features[:, None], features[None]]
     # Each direction counts by its own size: outputs and latents differ by orders of magnitude.
-    scale = np.sqrt(np.maximum(np.einsum("mkk->mk", inner), np.finfo(float).tiny))
-    inner = inner / (scale[:, :, None] * scale[:, None, :]) + RIDGE * np.eye(count)
-    target = matrix[features[:, :, None], ends[:, None, :]] - matrix[features, starts[:, None]][:, :, None]
-    target = target / scale[:, :, None]
-    size = matrix[ends, ends] - 2 * matrix[ends, starts[:, None]] + matrix[starts, starts][:, None]
-    weights = np.linalg.solve(inner, target)
-    return np.maximum(size - np.einsum("mke,mke->me", weights, target), 0.0)
+    scale = np.sqrt(np.maximum(np.einsum("kkm->km", inner), np.finfo(float).tiny))
+    inner = inner / (scale[:, None] * scale[None]) + RIDGE * np.eye(count)[:, :, None]
+    target = matrix[features[:, None], ends.T[None]] - matrix[features, starts][:, None]
+    target = target / scale[:, None]
+    outside = matrix[ends, ends] - 2 * matrix[ends, starts[:, None]] + matrix[starts, starts][:, None]
+    for place in range(count):  # no pivots: the matrices are positive definite, by the ridge
+        pivot = inner[place, place]
+        outside = outside - (np.square(target[place]) / pivot).T
+        factors = inner[place + 1 :, place] / pivot
+        inner[place + 1 :, place + 1 :] -= factors[:, None] * inner[place, place + 1 :]
+        target[place + 1 :] -= factors[:, None] * target[place]
+    return np.maximum(outside, 0.0)
 
 
 class Scheduler:
@@ -137,95 +144,91 @@ class Scheduler:
         spent = max(FULL, units - 1) + int(np.argmin(self._end[max(FULL, units - 1) : units + 1]))
         if not np.isfinite(self._end[spent]):
             spent = int(np.flatnonzero(np.isfinite(self._end[: units + 1]))[-1])
-        kinds = [SKIP] * self.gram.steps
-        state = self._last[spent]
-        while True:
-            step, kind, first, second = (int(each) for each in np.unravel_index(state, self._shape))
-            newest = self.kinds[kind][0]
-            kinds[step] = newest
-            if step == 0:
-                return Plan(tuple(kinds))
-            came_from = self._came[step, kind, first, second, spent]
-            spent -= newest
-            state = came_from
+        return self._read(spent)
 
     # -- dynamic programming ------------------------------------------------------------------------------------------
 
     def _solve(self) -> None:
+        """Find the least residual with which each state is reached, by what was spent on it."""
         steps, gap, kinds = self.gram.steps, self.gap, self.kinds
         budgets = self._budgets
+        self._costs = [self._costs_of(kind) for kind in kinds]
         # Gap 0 means that there is no such node yet. Budgets come last: they are what is added and compared at once.
-        self._shape = (steps, len(kinds), gap + 1, gap + 1)
-        best = np.full((*self._shape, budgets), np.inf, dtype=np.float32)
-        self._came = np.full((*self._shape, budgets), -1, dtype=np.int32)
-        self._end = np.full(budgets, np.inf)
-        self._last = np.full(budgets, -1, dtype=np.int64)
-        self._scale = float(np.trace(self.gram.matrix[: steps + 1, : steps + 1])) or 1.0
-        best[0, 0, 0, 0, FULL] = 0.0
-        successors = {
-            (kind, follow): kinds.index((follow, *kinds[kind][:2]))
-            for kind in range(len(kinds))
-            for follow in (FULL, CONDITIONAL)
-            if (follow, *kinds[kind][:2]) in kinds
-        }
+        self._best = np.full((steps, len(kinds), gap + 1, gap + 1, budgets), np.inf, dtype=np.float32)
+        self._end = np.full(budgets, np.inf, dtype=np.float32)
+        self._best[0, 0, 0, 0, FULL] = 0.0
         for step in range(steps):
-            ends = np.arange(step + 1, min(step + gap, steps) + 1)
-            firsts = np.arange(1, min(gap, step) + 1) if step else np.array([0])
-            known = slice(int(firsts[0]), int(firsts[-1]) + 1)
+            ends = np.arange(step + 1, min(step + gap + 1, steps))
+            known = slice(1, min(gap, step) + 1) if step else slice(0, 1)
             reached = min(budgets, FULL * (step + 1) + 1)  # no more can have been spent by now
-            for kind in range(len(kinds)):
-                if step == 0 and kind > 0:
-                    continue
-                costs = self._costs(step, kind, firsts, ends)
-                origins = np.ravel_multi_index((step, kind, firsts, 0), self._shape)
-                values = best[step, kind, known, :, :reached]  # firsts, seconds, budgets
-                for place, end in enumerate(ends):
-                    total = values + costs[:, :, place, None]
-                    chosen = total.argmin(axis=1)
-                    least = total.min(axis=1)
-                    origin = origins[:, None] + chosen
-                    if end == steps:
-                        self._finish(least, origin)
-                        continue
-                    for follow in (FULL, CONDITIONAL):
-                        after = successors.get((kind, follow))
-                        if after is None:
-                            continue
+            for kind in range(len(kinds) if step else 1):
+                values, costs = self._best[step, kind, known, :, :reached], self._costs[kind][step, known]
+                least = np.full((len(values), costs.shape[2], reached), np.inf, dtype=np.float32)
+                for second in range(values.shape[1]):
+                    np.minimum(least, values[:, second, None] + costs[:, second, :, None], out=least)
+                if step + gap >= steps:
+                    finished = least[:, steps - step - 1].min(axis=0)
+                    np.minimum(self._end[:reached], finished, out=self._end[:reached])
+                for follow in (FULL, CONDITIONAL) if len(ends) else ():
+                    after = (follow, *kinds[kind][:2])
+                    if after in kinds:
                         spendable = min(reached, budgets - follow)
-                        later = slice(follow, follow + spendable)
-                        cells = best[end, after, end - step, known, later]
-                        better = least[:, :spendable] < cells
-                        np.copyto(cells, least[:, :spendable], where=better)
-                        np.copyto(self._came[end, after, end - step, known, later], origin[:, :spendable], where=better)
+                        cells = (ends, kinds.index(after), ends - step, known, slice(follow, follow + spendable))
+                        arrived = least[:, : len(ends), :spendable].swapaxes(0, 1)
+                        self._best[cells] = np.minimum(self._best[cells], arrived)
 
-    def _finish(self, total: np.ndarray, origin: np.ndarray) -> None:
-        chosen = total.argmin(axis=0)
-        least = total.min(axis=0)
-        better = np.flatnonzero(least < self._end[: len(least)])
-        self._end[better] = least[better]
-        self._last[better] = origin[chosen[better], better]
+    def _read(self, spent: int) -> Plan:
+        """Go back from the end to what led there."""
+        found = [SKIP] * self.gram.steps
+        step, kind, first, second = self._before(range(max(0, len(found) - self.gap), len(found)), len(found), spent)
+        while True:
+            found[step] = self.kinds[kind][0]
+            if step == 0:
+                return Plan(tuple(found))
+            spent -= self.kinds[kind][0]
+            earlier = [step - first]
+            step, kind, first, second = self._before(
+                earlier, step, spent, self.kinds[kind][1:], slice(second, second + 1)
+            )
 
-    def _costs(self, step: int, kind: int, firsts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-        """Compute all jumps' residuals as shares of the latents, [firsts, gaps + 1, ends]; infinite where none is."""
-        costs = np.full((len(firsts), self.gap + 1, len(ends)), np.inf, dtype=np.float32)
-        share_to_come = (self.gram.steps - step) / self.gram.steps
-        # Jumps of as many remembered outputs are solved at once. Kinds that never come up keep infinite values.
-        groups: dict[bool, list[tuple[int, int]]] = {}
-        for place, first in enumerate(firsts):
-            middle = step - int(first)
-            seconds = range(1, min(self.gap, middle) + 1) if first and middle else range(1)
-            groups.setdefault(bool(first and middle), []).extend((place, second) for second in seconds)
-        for known, pairs in groups.items():
-            places, seconds_of = np.array(pairs).T
-            middle = step - firsts[places]
-            steps = [np.full(len(pairs), step), middle, middle - seconds_of]
-            # Two steps where the first one is the one before last, one at the first itself.
-            steps = steps if known else steps[: 2 if step else 1]
-            rows = [self.gram.output(0, each) for each in steps]
-            if self.gram.branches == 2:
-                evaluated = zip(steps, self.kinds[kind], strict=False)
-                rows += [self.gram.output(1, each) for each, what in evaluated if what == FULL]
-            where = np.broadcast_to(ends, (len(pairs), len(ends)))
-            found = jump_residuals(self.gram, np.stack(rows, axis=1), steps[0], where)
-            costs[places, seconds_of] = found * (share_to_come**self._emphasis / self._scale)
+    def _before(
+        self, steps: Sequence[int], end: int, spent: int, evaluated: tuple[int, ...] = (), firsts: slice = slice(None)
+    ) -> tuple[int, int, int, int]:
+        """Find the state, of certain ones, from which a step, or the end, is reached best: as `_best` is indexed."""
+        found, best = (0, 0, 0, 0), np.inf
+        for step in steps:
+            for kind, what in enumerate(self.kinds):
+                if what[: len(evaluated)] == evaluated:
+                    costs = self._costs[kind][step, firsts, :, end - step - 1]
+                    total = self._best[step, kind, firsts, :, spent] + costs
+                    if total.min() < best:
+                        best = total.min()
+                        first, second = np.unravel_index(total.argmin(), total.shape)
+                        found = step, kind, (firsts.start or 0) + int(first), int(second)
+        return found
+
+    def _costs_of(self, kind: tuple[int, ...]) -> np.ndarray:
+        """Compute all jumps' residuals as shares of the latents: [steps, gaps + 1, gaps + 1, gaps], else infinite."""
+        steps, gap = self.gram.steps, self.gap
+        costs = np.full((steps, gap + 1, gap + 1, gap), np.inf, dtype=np.float32)
+        whole = float(np.trace(self.gram.matrix[: steps + 1, : steps + 1])) or 1.0
+        step, first, second = (each.ravel() for each in np.indices((steps, gap + 1, gap + 1)))
+        # A node before the newest one, and one before that, where there can be any.
+        some = np.where(step == 0, first == 0, (first > 0) & (first <= step))
+        more = (step > first) & (first > 0)
+        some &= np.where(more, (second > 0) & (second <= step - first), second == 0)
+        # Jumps of as many remembered outputs are solved at once, some thousands at a time.
+        for count, chosen in enumerate((step == 0, (step > 0) & ~more, more), start=1):
+            places = np.flatnonzero(some & chosen)
+            for several in np.array_split(places, math.ceil(len(places) / AT_ONCE) or 1):
+                newest = step[several]
+                nodes = [newest, newest - first[several], newest - first[several] - second[several]][:count]
+                rows = [self.gram.output(0, each) for each in nodes]
+                if self.gram.branches == 2:
+                    evaluated = zip(nodes, kind, strict=False)
+                    rows += [self.gram.output(1, each) for each, what in evaluated if what == FULL]
+                ends = newest[:, None] + np.arange(1, gap + 1)
+                residuals = jump_residuals(self.gram, np.stack(rows, axis=1), newest, np.minimum(ends, steps))
+                shares = residuals * (((steps - newest) / steps) ** self._emphasis / whole)[:, None]
+                costs[newest, first[several], second[several]] = np.where(ends <= steps, shares, np.inf)
         return costs
