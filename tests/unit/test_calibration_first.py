@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from calibrations import FITTED, STEPS, noise_of, polynomial_of, recorded
-from toys import ALWAYS, FAMILIES, Toy, attached, drive, wrapped
+from toys import ALWAYS, FAMILIES, ScriptedTransformer, Toy, attached, drive, scripted_engine, wrapped
 
 from xfuser.model_executor.cache import CacheEngine
 
@@ -47,6 +47,17 @@ def test_the_first_generation_is_whole_and_the_next_ones_hit(
         assert 0 < np.abs(images - expected).mean() < 0.2
         # What was learned is learned once.
         assert np.array_equal(toy.images(steps), images)
+
+
+def test_a_model_without_weights_is_learned_from_too() -> None:
+    transformer = ScriptedTransformer(lambda step: 1.0 + step, lambda step: 10.0)
+    engine = scripted_engine(
+        transformer, use_cache="Interval", interval=2, approximation="fitted", num_steps=6, calibration="first"
+    )
+    for hits in (False, True):
+        transformer.run([1.0] * 6)
+        assert any(sum(row) == 0 for row in engine.summary()["plan"]["0"]) is hits
+    engine.remove()
 
 
 def test_blending_waits_for_the_first_generation(dit: Toy) -> None:

@@ -95,7 +95,7 @@ def test_the_methods_on_offer_are_those_that_there_are() -> None:
         (["generate", "--use_cache", "tea"], ["did you mean Tea?"]),
         (
             ["generate", "--use_cache", "zebra"],
-            ["'zebra' is not known; choose one of None, Fast, Tea, Fb, Interval, Ada, Lazy"],
+            [f"'zebra' is not known; choose one of {', '.join(map(str, METHODS))}"],
         ),
         (["calibrate", "--levle", "blocks"], ["xdit calibrate: --levle", "did you mean --level?"]),
         (["genrate"], ["xdit: ", "did you mean generate?"]),
@@ -200,7 +200,7 @@ def test_none_is_none_in_python_too() -> None:
 
 @pytest.mark.parametrize("name", ["nonsense", "TeaCache", "tea", 3, True])
 def test_a_method_that_is_not_known_is_refused(name: object) -> None:
-    with pytest.raises(ValueError, match="^use_cache=.* is not known; [^\n]*'Lazy'$") as error:
+    with pytest.raises(ValueError, match=f"^use_cache=.* is not known; [^\n]*'{METHODS[-1]}'$") as error:
         CacheConfig(use_cache=name)  # type: ignore[arg-type]
     assert ("did you mean 'Tea'?" in str(error.value)) == (isinstance(name, str) and name.lower().startswith("tea"))
 

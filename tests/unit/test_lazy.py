@@ -270,7 +270,7 @@ def test_it_needs_gates(dit: Toy, tmp_path: Path) -> None:
     calibration = learned(dit)
     path = tmp_path / "none.safetensors"
     dataclasses.replace(calibration, sections={}).save(path)
-    with pytest.raises(ValueError, match="^calibration: it has nothing for use_cache='Lazy'; run `xdit calibrate`"):
+    with pytest.raises(ValueError, match="^calibration='.*' has nothing for use_cache='Lazy'; run `xdit calibrate`"):
         apply_cache_on_pipeline(dit.pipeline, "Lazy", calibration=path)
     assert "forward" not in vars(dit.transformer)
 

@@ -13,6 +13,7 @@ from toys import ALWAYS, Toy, attached
 
 from xfuser.config import CacheConfig
 from xfuser.config.cache import MODES
+from xfuser.config.methods import METHODS
 from xfuser.model_executor.cache.adacorrection.base import Observation, StepContext
 from xfuser.model_executor.cache.adacorrection.offset import OffsetRow
 from xfuser.model_executor.cache.adacorrection.published.bound import BoundCorrector
@@ -36,8 +37,7 @@ STEPS = 14
 
 
 def test_every_method_and_mode_has_a_section_of_the_same_form() -> None:
-    methods = ["Fast", "Tea", "Fb", "Interval", "Ada", "Lazy"]
-    assert list(SECTIONS) == [*methods, "budget", "bound", "gate", "blend"]
+    assert list(SECTIONS) == [*METHODS, "budget", "bound", "gate", "blend"]
     assert set(SECTIONS) == {name for name in POLICIES if name} | set(MODES)
     for name, text in SECTIONS.items():
         assert [part for part in TEMPLATE if f"**{part}**" in text] == list(TEMPLATE), name

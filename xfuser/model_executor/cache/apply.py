@@ -226,7 +226,8 @@ def load_calibration(transformer: nn.Module, config: CacheConfig, scheduler: Any
     if config.use_cache is not None and POLICIES[config.use_cache].needs_calibration:
         if config.use_cache not in calibration.sections:
             raise ValueError(
-                f"calibration: it has nothing for use_cache={config.use_cache!r}; run `xdit calibrate` again"
+                f"calibration={str(config.calibration)!r} has nothing for use_cache={config.use_cache!r}; run `xdit "
+                "calibrate` again"
             )
     if config.num_steps is not None:
         calibration.check_steps(config.num_steps)

@@ -165,7 +165,7 @@ class CacheEngine:
 
     def _weights(self) -> tuple[str, Any]:
         """What changes with a LoRA, with other weights in place of these, and with their type."""
-        return weights_digest(self.transformer), next(self.transformer.parameters()).dtype
+        return weights_digest(self.transformer), next((each.dtype for each in self.transformer.parameters()), None)
 
     def reset(self) -> None:
         """Forget every remembered activation and every statistic. The next call starts a generation."""

@@ -145,13 +145,13 @@ def _renamed(name: str) -> str:
 
 def describe_model(transformer: nn.Module, blocks: Sequence[nn.Module]) -> dict[str, Any]:
     """What tells one model from another: class, blocks, and some entries of each block's first matrix, by its RMS."""
-    matrices = [next(p for p in block.parameters() if p.dim() == 2).detach() for block in blocks]
+    kind = type(transformer)
+    published = (each.__name__ for each in kind.__mro__ if each.__module__.startswith("diffusers"))
+    matrices = (next((p for p in block.parameters() if p.dim() == 2), None) for block in blocks)
     return {
-        "transformer": next(
-            each.__name__ for each in type(transformer).__mro__ if each.__module__.startswith("diffusers")
-        ),
+        "transformer": next(published, kind.__name__),
         "blocks": len(blocks),
-        "weights": [_entries(matrix) for matrix in matrices],
+        "weights": [_entries(matrix.detach()) for matrix in matrices if matrix is not None],
     }
 
 

@@ -178,7 +178,7 @@ class Policy:
         return None
 
     def commit(self, state: Any, evaluated: bool) -> None:
-        """What was decided in the end, by whomever."""
+        """Take in whether the whole step was evaluated; under a budget, what it proposed, as if it were alone."""
 
     # -- modules within blocks ----------------------------------------------------------------------------------------
 
