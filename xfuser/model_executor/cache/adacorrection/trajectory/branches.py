@@ -71,11 +71,13 @@ class Slot:
         halves: Whether the two branches of guidance come in this call's batch.
         branches: One, or the batch's two halves in their order.
         shell: What was returned last, less its tensor: what a skipped call returns has the same form.
+        forms: Of the arguments that are known to be answered in the form of what is remembered.
     """
 
     halves: bool = False
     branches: list[Branch] = field(default_factory=list)
     shell: Any = None
+    forms: set[Any] = field(default_factory=set)
 
     def remember(self, step: int, output: Any) -> None:
         sample = sample_of(output)
@@ -85,6 +87,14 @@ class Slot:
         for branch, part in zip(self.branches, parts, strict=True):
             branch.remember(step, part)
         self.shell = _without_sample(output)
+
+    def fits(self, output: Any) -> bool:
+        """Whether an output has the form of what is remembered."""
+        if not self.branches:
+            return True
+        parts = sample_of(output).chunk(2) if self.halves else (sample_of(output),)
+        held = [branch.outputs[0][1].shape for branch in self.branches]
+        return [part.shape for part in parts] == held
 
     def forecast(self, step: int) -> Any:
         """Answer a call without the denoiser."""
@@ -102,6 +112,15 @@ class Slot:
 
     def bytes(self) -> int:
         return sum(branch.bytes() for branch in self.branches)
+
+
+def form_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Name the form of a call: the shape of its first tensor, or of the first of several with their number."""
+    for value in (*args, *kwargs.values()):
+        several = value if isinstance(value, (list, tuple)) else [value]
+        if several and isinstance(several[0], torch.Tensor) and several[0].ndim:
+            return (len(several), *several[0].shape)
+    return None
 
 
 def _without_sample(output: Any) -> Any:

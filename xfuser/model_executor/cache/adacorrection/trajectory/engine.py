@@ -15,6 +15,7 @@ from xfuser.config.cache import FIRST
 from xfuser.config.trajectory import AUTO, TrajectoryConfig
 from xfuser.core.distributed.agreement import Agreement
 from xfuser.core.distributed.environment import synchronize
+from xfuser.core.distributed.shutdown import one_line
 from xfuser.model_executor.cache.adacorrection.trajectory.branches import HalfBatch
 from xfuser.model_executor.cache.adacorrection.trajectory.calibration import Calibration, Learned, Store
 from xfuser.model_executor.cache.adacorrection.trajectory.fingerprint import (
@@ -29,6 +30,7 @@ from xfuser.model_executor.cache.adacorrection.trajectory.goals import Goal
 from xfuser.model_executor.cache.adacorrection.trajectory.learning import Learner, NotLearnable
 from xfuser.model_executor.cache.adacorrection.trajectory.replaying import Finer, PipelineCall, RandomState
 from xfuser.model_executor.cache.adacorrection.trajectory.spending import Counter, Spending
+from xfuser.model_executor.cache.adacorrection.trajectory.summary import describe
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +81,8 @@ class TrajectoryEngine:
         self._said: set[str] = set()
         self._key = ""
         self._refused: dict[str, ValueError] = {}
+        self._unlearnable: dict[str, str] = {}
+        self.loops = 0
         self._weights: dict[str, dict[str, Any]] = {}
         self.generations = self.learned_generations = 0
         self.attachment = self._attach(above_blocks)
@@ -147,7 +151,7 @@ class TrajectoryEngine:
         self._weights = {name: describe_denoiser(getattr(self.pipeline, name)) for name in self.denoisers()}
         random = RandomState.of(self.pipeline, args, kwargs)
         self._inside = True
-        self.generation = None
+        self.generation, self.loops = None, 0
         try:
             if self._spending is not None and self._spending.wanted:
                 result = self._run_counted(self._spending, original, args, kwargs)
@@ -194,6 +198,7 @@ class TrajectoryEngine:
             result = original(*args, **kwargs)
             if (self._inside or self._learner.replays) and self.observer is None:
                 device = torch.device(getattr(self.pipeline, "_execution_device", None) or "cpu")
+                self.loops += 1  # some pipelines have several in one call
                 self.generation = Generation(lambda: synchronize(device), self.half_batch)
                 self._learner.prepare(self.generation)
             return result
@@ -241,6 +246,9 @@ class TrajectoryEngine:
         if key in self._refused:
             raise self._refused[key]
         self._key = key
+        if key in self._unlearnable:
+            generation.give_up(self._unlearnable[key])
+            return
         found = self.agreement.shared(lambda: self._find(key, document), _digest_of)
         self.calibration = found
         if self._spending is not None:
@@ -312,6 +320,13 @@ class TrajectoryEngine:
         except NotLearnable as error:
             self.refuse(error)  # the image is exact, and not lost for that
             return
+        except Exception as error:
+            if self.agreement.group is not None:
+                raise  # the others wait in what this rank has left
+            # Whatever a pipeline makes of skipped steps: its image is there, and exact.
+            self._unlearnable[self._key] = f"when it was called again to learn from: {type(error).__name__}: {error}"
+            self._say(f"nothing is learned of this kind of call; it is evaluated in full ({one_line(error)})")
+            return
         self.keep(learned)
         self.learned_generations += 1
 
@@ -324,40 +339,12 @@ class TrajectoryEngine:
 
     def _count(self, generation: Generation) -> None:
         self.generations += 1
-        calibration = self.calibration
-        plan = generation.evaluated
-        steps = max(len(plan), 1)
-        share = sum(plan) / (2 * steps)
         learned = self.chosen if generation.plan is not None else None
-        self._summary = {
-            "steps": len(plan),
-            "plan": plan,
-            "strip": learned.plan.strip() if learned else "█" * len(plan),
-            "evaluated_steps": sum(kind > 0 for kind in plan),
-            "evaluated_share": share,
-            "hit_rate": 1 - share,
-            "flops_saved": 1 - share,
-            "denoiser_calls": generation.denoiser_calls,
-            "plan_digest": learned.plan.digest if learned else None,
-            "memory_bytes": generation.memory_bytes(),
-            "non_finite": generation.corrections_dropped(),
-            "loop_seconds": generation.seconds,
-            "predicted": self.goal.predicted(calibration, learned),
-            "got": self.goal.got(calibration, generation.seconds, share, generation.batch),
-            "images_known": 0 if calibration is None else calibration.images,
-            "weights": [] if learned is None else [weights.tolist() for weights in learned.weights],
-            "differs": self._differences(generation),
-            "not_learned_because": generation.broken,
-            "reference": self.config.calibration_reference,
-            "base": None if self._spending is None else self._spending.counter.name,
-        }
-
-    def _differences(self, generation: Generation) -> list[str]:
-        """Say in which respects that may differ the last generation is not like those that were learned from."""
-        notes = {} if self.calibration is None else self.calibration.notes
-        ours = {"batch": generation.batch, "shape": generation.shape}
-        pairs = ((name, ours[name], notes[name]) for name in ours if name in notes)
-        return [f"{name} {mine}, learned with {known}" for name, mine, known in pairs if mine != known]
+        counter = None if self._spending is None else self._spending.counter.name
+        self._summary = {**describe(generation, self.calibration, learned, self.goal), "base": counter}
+        self._summary["reference"] = self.config.calibration_reference
+        if generation.broken is not None and generation.recording is None and self._key not in self._unlearnable:
+            self._say(f"nothing more was skipped in this generation: {generation.broken}")
 
 
 def attach_trajectory(

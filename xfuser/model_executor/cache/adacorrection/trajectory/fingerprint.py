@@ -19,8 +19,9 @@ SAMPLED = 4  # entries of every parameter
 def describe_denoiser(module: nn.Module) -> dict[str, Any]:
     """Name a denoiser's class, configuration and weights, LoRA merged or active among them."""
     module = uncompiled(module)
-    config = {key: _plain(value) for key, value in dict(getattr(module, "config", {}) or {}).items()}
-    config = {key: value for key, value in config.items() if not key.startswith("_")}
+    config = getattr(module, "config", None) or {}
+    config = config.to_dict() if hasattr(config, "to_dict") else dict(config)  # transformers', diffusers'
+    config = {key: _plain(value) for key, value in config.items() if not key.startswith("_")}
     return {"class": type(module).__name__, "config": _digest(config), "weights": weights_digest(module)}
 
 

@@ -18,7 +18,10 @@ from xfuser.model_executor.cache.patching import Replacement, check_scheduler_fr
 NOT_DENOISERS = (
     *("vae", "vqvae", "vqgan", "movq", "autoencoder", "text", "image", "safety", "vocoder", "projection", "feature"),
     *("watermark", "tokenizer", "language", "clip", "connectors", "transcoder", "bert", "latent_upsampler"),
+    *("adapter", "estimator", "renderer"),
 )
+# Their latents are numbers of tokens, of which none lies between two others.
+DISCRETE = ("AmusedScheduler", "VQDiffusionScheduler", "BlockRefinementScheduler")
 
 
 def denoiser_names(pipeline: Any) -> list[str]:
@@ -42,7 +45,9 @@ def check_pipeline(pipeline: Any, above_blocks: bool = False) -> None:
     components = getattr(pipeline, "components", None)
     if not isinstance(components, dict) or not denoiser_names(pipeline):
         raise TypeError(f"{name} has no denoiser (transformer or unet); caching needs a pipeline with one")
+    source = _source_of_call(type(pipeline))
     schedulers = [key for key, each in components.items() if hasattr(each, "set_timesteps")]
+    schedulers = [key for key in schedulers if key == "scheduler" or source is None or _steps(source, key)]
     if schedulers != ["scheduler"] or not hasattr(components["scheduler"], "step"):
         found = ", ".join(schedulers) or "none"
         raise TypeError(f"{name}: a cache follows one scheduler named 'scheduler'; this pipeline has {found}")
@@ -52,14 +57,17 @@ def check_pipeline(pipeline: Any, above_blocks: bool = False) -> None:
         check_denoiser(components[each])
     if not above_blocks:
         check_scheduler_free(components["scheduler"])
-    source = _source_of_call(type(pipeline))
+    kind = type(components["scheduler"])
+    takes = inspect.signature(kind.step).parameters
+    if kind.__name__ in DISCRETE or "model_output" not in takes or "sample" not in takes:
+        raise TypeError(f"{name}: a cache cannot follow {kind.__name__}, whose steps are not from latent to latent")
     if source is None:
         return
     if "scheduler" not in source or ".step(" not in source:
         inner = [each for each in ("decoder_pipe", "prior_pipe") if f"self.{each}" in source]
         which = f"; attach to {' or '.join(inner)}" if inner else ""
         raise TypeError(f"{name} does not step its scheduler in its own call, so nothing can be skipped{which}")
-    if "copy.deepcopy(self.scheduler)" in source or "audio_scheduler" in source:
+    if "deepcopy(self.scheduler)" in source or "audio_scheduler" in source:
         raise TypeError(f"{name} steps two latents with two schedulers; a cache can follow one")
 
 
@@ -70,6 +78,12 @@ def check_denoiser(module: nn.Module) -> None:
             f"this {type(module).__name__} has a cache attached already; call remove() on its engine first"
         )
     check_no_other_cache(uncompiled(module))
+
+
+def _steps(source: str, scheduler: str) -> bool:
+    """Whether a call may step this scheduler; some pipelines have another one that only adds noise to an image."""
+    uses = re.findall(rf"self\.{scheduler}\b(?:\.(\w+))?", source)
+    return any(use in ("", "step", "set_timesteps") for use in uses)
 
 
 def _source_of_call(kind: type) -> str | None:

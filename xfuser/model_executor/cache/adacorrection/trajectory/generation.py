@@ -13,13 +13,16 @@ from xfuser.model_executor.cache.adacorrection.trajectory.branches import (
     Branch,
     HalfBatch,
     Slot,
+    form_of,
     sample_of,
     with_sample,
 )
-from xfuser.model_executor.cache.adacorrection.trajectory.layout import Layout, beside, find_layout
+from xfuser.model_executor.cache.adacorrection.trajectory.layout import Layout, beside, find_layout, fits
 from xfuser.model_executor.cache.adacorrection.trajectory.plan import FULL, SKIP, Plan
 from xfuser.model_executor.cache.adacorrection.trajectory.recording import Recording
 from xfuser.model_executor.cache.adacorrection.trajectory.weights import NormalEquations, difference_basis
+
+OTHER_FORM = "its denoiser's batch changes its form from one step to another"
 
 
 @dataclass
@@ -82,11 +85,19 @@ class Generation:
             self._step_began = time.perf_counter()
         index, self._call = self._call, self._call + 1
         if self.step > 0 and index >= len(self._slots):
-            self._break("its steps call the denoiser different numbers of times")
+            self.give_up("its steps call the denoiser different numbers of times")
+        if self.broken is not None:
+            return self._timed(original, args, kwargs)
         kind = self._kind()
-        if self.broken is not None or kind == FULL or index >= len(self._slots) or not self._slots[index].branches:
+        if kind == FULL or index >= len(self._slots) or not self._slots[index].branches:
             return self._evaluate(index, original, args, kwargs, kind)
-        slot = self._slots[index]
+        slot, form = self._slots[index], form_of(args, kwargs)
+        if form not in slot.forms:  # only the denoiser can tell whether what is remembered still fits
+            output = self._timed(original, args, kwargs)
+            if not slot.fits(output):
+                self.give_up(OTHER_FORM)
+                return output
+            slot.forms.add(form)
         if kind == SKIP:
             return slot.forecast(self.step)
         return self._evaluate_conditional(index, slot, original, args, kwargs)
@@ -97,20 +108,26 @@ class Generation:
     def _evaluate(
         self, index: int, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], kind: int
     ) -> Any:
-        if self._is_recorded and self._slots[index : index + 1]:
+        known, form = len(self._slots) > index, form_of(args, kwargs)
+        if not known:
+            self._slots.append(Slot())
+        slot = self._slots[index]
+        if self._is_recorded and known:
             output = self._recorded(index)
-        elif kind == SKIP and self._slots[index : index + 1] and self._slots[index].shell is not None:
-            return self._slots[index].shell  # an auxiliary network (a ControlNet): nobody reads it in a skipped step
+        elif kind == SKIP and slot.shell is not None and form in slot.forms:
+            return slot.shell  # an auxiliary network (a ControlNet): nobody reads it in a skipped step
         else:
             output = self._timed(original, args, kwargs)
-        if len(self._slots) <= index:
-            self._slots.append(Slot())
         try:
             sample_of(output)
         except TypeError:
-            self._slots[index].shell = output
+            slot.shell, slot.forms = output, {form}
             return output
-        self._slots[index].remember(self.step, output)
+        if not slot.fits(output):
+            self.give_up(OTHER_FORM)
+            return output
+        slot.forms.add(form)
+        slot.remember(self.step, output)
         if self.recording is not None:
             self._check_half(original, args, kwargs, sample_of(output))
         return output
@@ -165,7 +182,8 @@ class Generation:
         self._half_batch.check(original, args, kwargs, whole, 0, self._synchronize)
         self._spent_recording += time.perf_counter() - begin
 
-    def _break(self, reason: str) -> None:
+    def give_up(self, reason: str) -> None:
+        """Evaluate everything from here on, and learn nothing."""
         self.broken = self.broken or reason
 
     # -- the scheduler's step -----------------------------------------------------------------------------------------
@@ -188,19 +206,21 @@ class Generation:
             decide: Called at the end of the first step's evaluation, when its layout is known.
         """
         if self.step == 0:
-            self.layout = find_layout(self._slots, sample, output)
-            self.batch, *self.shape = self.layout.fold(sample).shape
-            if self.layout.halves:
-                self._slots[0].split()
-        elif self.layout is not None and self._call != self.layout.calls:
-            self._break("its steps call the denoiser different numbers of times")
-        if self.step == 0:
             # Of this step only: where timesteps are on an accelerator, reading one waits for it.
             self.first_timestep = float(timestep)
-            decide(self)
+            self._begin(output, sample)
+            if self.broken is None:
+                decide(self)
+        elif self.layout is not None and self._call != self.layout.calls:
+            self.give_up("its steps call the denoiser different numbers of times")
+        if self.broken is not None:
+            result = take()
+            self.evaluated.append(FULL)
+            self._close_step(result)
+            return result
         layout = self.layout
         assert layout is not None
-        kind = FULL if self.broken is not None else self._kind()
+        kind = self._kind()
         if not layout.places and kind != SKIP:
             self._guided.remember(self.step, layout.fold(output))
         begin = time.perf_counter()
@@ -217,6 +237,20 @@ class Generation:
         self.evaluated.append(kind)
         self._close_step(result)
         return result
+
+    def _begin(self, output: torch.Tensor, sample: torch.Tensor) -> None:
+        """Find the form of a step, at the end of the first one."""
+        if not sample.is_floating_point():
+            self.give_up("its latents are whole numbers")
+            return
+        layout = find_layout(self._slots, sample, output)
+        if not fits(layout.fold(output), layout.fold(sample)):
+            self.give_up("what its scheduler receives has not the latent's form")
+            return
+        self.layout = layout
+        self.batch, *self.shape = layout.fold(sample).shape
+        if layout.halves:
+            self._slots[0].split()
 
     def record(self, raw: bool) -> None:
         """Record this generation from its first step on, with what each call returned where a replay needs it."""
@@ -264,7 +298,8 @@ class Generation:
 
     def _corrected(self, result: Any, sample: torch.Tensor) -> Any:
         fit = self.fit
-        if self.broken is not None or (fit is None and self.weights is None):
+        # A pipeline may go on after the steps that were learned.
+        if fit is None and (self.weights is None or self.step >= len(self.weights)):
             return result
         layout = self.layout
         assert layout is not None

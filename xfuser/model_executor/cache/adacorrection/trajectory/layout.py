@@ -66,7 +66,7 @@ def find_layout(slots: list[Slot], sample: torch.Tensor, output: torch.Tensor) -
             places = ((0, 0), (0, 1))
         elif len(raw) <= 2 and all(each.ndim and each.shape[0] == latents.shape[0] for each in raw):
             places = tuple((call, 0) for call in range(len(raw)))
-        if not all(_fits(each, latents) for each in raw):
+        if not all(fits(each, latents) for each in raw):
             places = ()
     return Layout(len(slots), doubled, places, halves)
 
@@ -78,7 +78,8 @@ def beside(output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
     return output
 
 
-def _fits(output: torch.Tensor, latents: torch.Tensor) -> bool:
+def fits(output: torch.Tensor, latents: torch.Tensor) -> bool:
+    """Whether an output has the latent's form, or can be cut to it."""
     return (
         output.ndim == latents.ndim
         and all(a >= b for a, b in zip(output.shape[1:], latents.shape[1:], strict=True))

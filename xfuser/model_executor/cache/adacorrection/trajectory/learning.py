@@ -41,6 +41,7 @@ class Sample:
         recording: Its own run.
         reference: The latents that replays are to meet, x_0 … x_T.
         pixels: The reference's decoded images and their range, where they can be read.
+        loop: Which of the call's loops was recorded, where a pipeline has several: its last.
         key: The fingerprint's digest.
         document: The fingerprint.
     """
@@ -49,6 +50,7 @@ class Sample:
     recording: Recording
     reference: list[torch.Tensor]
     pixels: tuple[np.ndarray, float] | None
+    loop: int
     key: str
     document: dict[str, Any]
 
@@ -59,7 +61,7 @@ class Learner:
     def __init__(self, engine: TrajectoryEngine) -> None:
         self._engine = engine
         self._collected: list[Sample] | None = None
-        self._replay: tuple[Plan, Fit, Recording] | None = None
+        self._replay: tuple[Plan, Fit, Sample] | None = None
 
     # -- what the engine asks -----------------------------------------------------------------------------------------
 
@@ -69,14 +71,15 @@ class Learner:
         return self._replay is not None
 
     def prepare(self, generation: Generation) -> None:
-        """Set a generation up that is a replay."""
-        if self._replay is not None:
+        """Set a generation up that is a replay; a call's other loops are evaluated in full."""
+        if self._replay is not None and self._engine.loops == self._replay[2].loop:
             generation.plan, generation.fit, _ = self._replay
 
     def takes(self, generation: Generation) -> bool:
         """Whether a generation is a replay or a recording of the learner's own; called at the end of its first step."""
         if self._replay is not None:
-            generation.layout = self._replay[2].layout
+            if generation.fit is not None:
+                generation.layout = self._replay[2].recording.layout
             return True
         if self._collected is not None:
             generation.record(raw=not self._engine.config.replay)
@@ -111,13 +114,23 @@ class Learner:
         if isinstance(grid, torch.Tensor):
             given = [round(float(each), 3) for each in grid.flatten().tolist()]
             first = round(generation.first_timestep, 3)
-            if first not in given or done != len(given) - given.index(first):
+            whole = len(given) - given.index(first) if first in given else 0
+            if done > whole:
+                return f"it took {done} steps on a grid of {len(given)}"
+            if done < whole and not self._ends_early(whole - done):
                 return f"it stopped after {done} of {len(given)} steps"
         if done < 2:
             return "it has one step only"
         if not all(bool(torch.isfinite(latents).all()) for latents in (*recording.latents, generation.last_latents)):
             return "its latents are not finite"
         return None
+
+    def _ends_early(self, steps: int) -> bool:
+        """Whether a pipeline itself leaves out the last steps of the grid: all do one, and those that are asked to."""
+        pipeline = self._engine.pipeline
+        if getattr(pipeline, "interrupt", False):
+            return False
+        return steps == 1 or getattr(pipeline, "denoising_end", None) is not None
 
     def learn(self, generation: Generation, call: PipelineCall) -> Calibration:
         """Learn at the first use: from the generation that has just run, with one replay.
@@ -167,7 +180,7 @@ class Learner:
         assert recording is not None
         recording.finish(generation.last_latents)
         key, document = self._engine.key_of(generation)
-        sample = Sample(call, recording, recording.latents, pixels_of(call.result), key, document)
+        sample = Sample(call, recording, recording.latents, pixels_of(call.result), self._engine.loops, key, document)
         factor = refinement(self._engine.config.calibration_reference)
         if factor > 1:
             self._refine(sample, factor)
@@ -207,6 +220,8 @@ class Learner:
     def _joined(self, known: Calibration | None, samples: list[Sample]) -> Calibration:
         """Join what was known with what new recordings say."""
         first, recording = samples[0], samples[0].recording
+        if known is not None and known.steps != recording.steps:  # the pipeline was asked to end elsewhere
+            known = None
         gram: Gram | None = None if known is None else known.gram
         for sample in samples:
             gram = add_grams(gram, sample.recording.gram())
@@ -322,8 +337,8 @@ class Learner:
 
     def _run(self, sample: Sample, plan: Plan, fit: Fit) -> tuple[Any, torch.Tensor]:
         engine = self._engine
-        engine.generation = None
-        self._replay = (plan, fit, sample.recording)
+        engine.generation, engine.loops = None, 0
+        self._replay = (plan, fit, sample)
         try:
             result = sample.call.again()
             generation = engine.generation

@@ -111,7 +111,10 @@ def pixels_of(result: Any) -> tuple[np.ndarray, float] | None:
         value = value.detach().float().cpu().numpy()
     if not isinstance(value, (np.ndarray, list, tuple)) or len(value) == 0:
         return None
-    array = np.asarray([_pixels(each) for each in value])
+    try:
+        array = np.asarray([_pixels(each) for each in value])
+    except ValueError:  # of different sizes
+        return None
     if array.dtype == object:
         return None
     return array.astype(np.float32), 255.0 if array.dtype == np.uint8 else 1.0
