@@ -39,7 +39,7 @@ def add_evaluation_arguments(group: Any, output: str) -> None:
         "--evaluation",
         type=Path,
         help="folder with classifier.safetensors and reference.safetensors (default: the model's own "
-        "evaluation folder, else the shipped one for tiny-dit)",
+        "evaluation folder, else that of the shipped model of its type)",
     )
     group.add_argument("--output_dir", type=Path, default=Path(output), help="default: %(default)s")
 
@@ -52,13 +52,18 @@ def captions_of(model_type: str) -> list[str]:
     folder = shipped_models().get(model_type)
     if folder is not None and MODEL_TYPES[model_type].conditioned_on == "scene_graph":
         return [json.dumps(graph) for graph in json.loads((folder / "evaluation" / GRAPHS).read_text(encoding="utf-8"))]
-    owners = [] if folder is None else [folder, *(part.parent for part in shared_parts(folder).values())]
+    owners = [] if folder is None else owners_of(folder)
     for owner, name in itertools.product(owners, ("objects.safetensors", "matcher.safetensors")):
         path = owner / "evaluation" / name
         if path.is_file():
             with safe_open(path, framework="pt") as opened:
                 return sorted(json.loads(opened.metadata()["captions"]))
     return []
+
+
+def owners_of(folder: Path) -> list[Path]:
+    """List a model's folder and those of the models whose parts it has."""
+    return [folder, *dict.fromkeys(part.parent for part in shared_parts(folder).values())]
 
 
 def spread(captions: Sequence[str], count: int) -> tuple[str, ...]:
@@ -132,15 +137,14 @@ def evaluation_folder(loaded: LoadedPipeline, args: argparse.Namespace) -> Path 
     candidates = [args.evaluation] if args.evaluation else []
     if args.model and not args.evaluation:
         candidates.append(Path(args.model) / "evaluation")
+    if callable(loaded.spec.default) and loaded.spec.evaluated and not args.evaluation:
+        candidates += [owner / "evaluation" for owner in owners_of(loaded.spec.default())]
     for folder in candidates:
         if (folder / "classifier.safetensors").is_file() and (folder / "reference.safetensors").is_file():
             return folder
     if args.evaluation:
         raise ValueError(f"--evaluation: {args.evaluation} has no classifier.safetensors and reference.safetensors")
-    if not loaded.spec.evaluated:
-        return None
-    default = loaded.spec.default
-    return Path(default()) / "evaluation" if callable(default) else None
+    return None
 
 
 def describe_run(loaded: LoadedPipeline, sampling: Sampling, named: dict[str, Any] | None = None) -> dict[str, Any]:

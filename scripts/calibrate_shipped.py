@@ -33,6 +33,7 @@ BUDGETS = (0.6, 0.5, 0.44, 0.4, 0.38, 0.35, 0.3, 0.26, 0.23, 0.22, 0.2, 0.16)
 # By name the steps; the first word is the scheduler's.
 GRIDS = {
     "tiny-dit": {"ddim-20": 20, "ddim-28": 28, "ddim-50": 50, "dpm++2m-25": 25},
+    "tiny-dit-l": {"ddim-50": 50},
     "tiny-flux": {"euler-28": 28, "euler-50": 50},
     "tiny-pixart": {"ddim-50": 50},
     "tiny-sd": {"ddim-50": 50},

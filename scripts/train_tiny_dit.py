@@ -1,4 +1,4 @@
-"""Train ``tiny-dit``, the small class-conditional diffusion transformer that ships with xfuser.
+"""Train ``tiny-dit`` or ``tiny-dit-l``, the small class-conditional diffusion transformers that ship with xfuser.
 
 Stages, each resumable: ``classifier`` (the feature network that judges images), ``autoencoder`` (an AutoencoderKL
 with smooth, normalised latents), ``transformer`` (velocity prediction, see below), ``export`` (a complete
@@ -6,6 +6,10 @@ diffusers.DiTPipeline folder in half precision, and the reference statistics for
 classifier recognise the class that was asked for?).
 
     python scripts/train_tiny_dit.py --data fashion_mnist.npz
+    python scripts/train_tiny_dit.py --data fashion_mnist.npz --model tiny-dit-l
+
+``tiny-dit-l``, of twice the depth, takes classifier and autoencoder from ``tiny-dit`` (``--parts``) and begins with the
+transformer; its folder links to them where the two lie side by side.
 
 The transformer predicts v = alpha * noise - sigma * x (Salimans and Ho, arXiv 2202.00512) at logit-normal times
 (Esser et al., arXiv 2403.03206), with labels dropped outside of the model, because each block of
@@ -24,22 +28,42 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from rich.progress import track
 from safetensors.torch import save_file
 from torch import nn
-from training import Plan, Training, add_run_arguments, begin, normalise_latents, settled
+from training import (
+    Plan,
+    Training,
+    add_run_arguments,
+    add_start_argument,
+    begin,
+    finish_export,
+    normalise_latents,
+    settled,
+    started,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from evaluation.metrics.features import FeatureNetwork  # noqa: E402
 from xfuser.core.files import replacing, write_json  # noqa: E402
+from xfuser.model_executor.pipelines import MODEL_TYPES, load_pipeline  # noqa: E402
+from xfuser.model_executor.pipelines.shipped import INDEX  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASS_NAMES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 NULL_LABEL = 1000  # DiTPipeline writes this number into the unconditional half of the batch
 STAGES = ("classifier", "autoencoder", "transformer", "export", "judge")
+ASSETS = ROOT / "xfuser" / "assets"
+WHOLE = "tiny-dit"  # has all parts of its own
+CREDITS = """# tiny-dit-l
+
+A `DiTPipeline` of 24 blocks, made by `scripts/train_tiny_dit.py --model tiny-dit-l`. It was trained on Fashion-MNIST
+(MIT licence, Zalando SE); autoencoder, classifier and reference statistics are tiny-dit's.
+"""
 
 
 def load_images(path: Path, split: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,6 +81,8 @@ def unit(images: torch.Tensor) -> torch.Tensor:
 def train_classifier(args: argparse.Namespace) -> FeatureNetwork:
     if args.classifier:
         return FeatureNetwork.load(args.classifier)
+    if args.parts:
+        return FeatureNetwork.load(args.parts / "evaluation" / "classifier.safetensors")
     images, labels = load_images(args.data, "train")
     training = Training("classifier", FeatureNetwork(), args.plan(args.classifier_steps, 2e-3, 0.995))
 
@@ -86,6 +112,8 @@ def build_autoencoder() -> AutoencoderKL:
 
 
 def train_autoencoder(args: argparse.Namespace, judge: FeatureNetwork) -> AutoencoderKL:
+    if args.parts:
+        return AutoencoderKL.from_pretrained(args.parts / "vae").float().eval().requires_grad_(False)
     images, _ = load_images(args.data, "train")
     training = Training("autoencoder", build_autoencoder(), args.plan(args.autoencoder_steps, 2e-3, 0.995))
     vae = training.module
@@ -109,7 +137,9 @@ def train_autoencoder(args: argparse.Namespace, judge: FeatureNetwork) -> Autoen
         return 2 * F.l1_loss(decoded, target) + 0.05 * perceptual + 0.1 * changed + 2e-3 * divergence
 
     training.run(loss_at, len(images))
-    return training.averaged()
+    vae = training.averaged()
+    normalise_latents(vae, encode_images(vae, images[::7]))
+    return vae
 
 
 @torch.no_grad()
@@ -142,17 +172,13 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
-def build_transformer() -> DiTTransformer2DModel:
+def build_transformer(model: str) -> DiTTransformer2DModel:
     transformer = DiTTransformer2DModel(
-        num_attention_heads=4,
-        attention_head_dim=24,
-        in_channels=4,
-        out_channels=4,
-        num_layers=12,
-        sample_size=8,
-        patch_size=1,
-        num_embeds_ada_norm=NULL_LABEL,
+        in_channels=4, out_channels=4, num_embeds_ada_norm=NULL_LABEL, **MODEL_TYPES[model].configuration
     )
+    for block in transformer.transformer_blocks:
+        # The fused attention's backward pass takes four times as long in bfloat16 on a CPU.
+        block.attn1.set_processor(AttnProcessor())
     # Each block starts as the identity and the output as zero (DiT, arXiv 2212.09748, section 3.2).
     for block in transformer.transformer_blocks:
         nn.init.zeros_(block.norm1.linear.weight)
@@ -166,12 +192,15 @@ def build_transformer() -> DiTTransformer2DModel:
 
 
 def train_transformer(args: argparse.Namespace, judge: FeatureNetwork, vae: AutoencoderKL) -> DiTTransformer2DModel:
+    transformer = started(args, "transformer", build_transformer(args.model))
+    training = Training("transformer", transformer, args.plan(args.transformer_steps, 1e-3, 0.998))
+    if training.step >= args.transformer_steps:
+        return training.averaged()
     images, labels = load_images(args.data, "train")
     latents = encode_images(vae, images)
     recognised = recognise(judge, vae, latents) == labels
     print(f"transformer  leaves out {int((~recognised).sum())} of {len(labels)} images that the classifier misreads")
     latents, labels = latents[recognised], labels[recognised]
-    training = Training("transformer", build_transformer(), args.plan(args.transformer_steps, 1e-3, 0.998))
     scheduler = build_scheduler()
     times = scheduler.config.num_train_timesteps
 
@@ -200,6 +229,9 @@ def export(args: argparse.Namespace, judge: FeatureNetwork, vae: AutoencoderKL, 
     index = args.output / "model_index.json"
     described = json.loads(index.read_text()) | {"id2label": {str(i): name for i, name in enumerate(CLASS_NAMES)}}
     write_json(index, described)
+    if args.parts:
+        finish_export(args.output, CREDITS, args.parts, {"vae": "vae"})
+        return
     folder = args.output / "evaluation"
     folder.mkdir(exist_ok=True)
     weights = {key: value.half() if value.is_floating_point() else value for key, value in judge.state_dict().items()}
@@ -218,9 +250,10 @@ def judge_samples(args: argparse.Namespace) -> None:
     """Generate --judged images with the exported pipeline: class accuracy, FID and a grid, one class a column."""
     from evaluation.metrics import frechet_distance, gaussian, read_reference
 
-    pipeline = DiTPipeline.from_pretrained(args.output, dtype=torch.float32)
+    pipeline = load_pipeline(args.model, str(args.output)).pipeline
     pipeline.set_progress_bar_config(disable=True)
-    network = FeatureNetwork.load(args.output / "evaluation" / "classifier.safetensors")
+    evaluation = (args.parts or args.output) / "evaluation"
+    network = FeatureNetwork.load(evaluation / "classifier.safetensors")
     batches = []
     for start in track(range(0, args.judged, 20), description="judge       "):
         generators = [torch.Generator().manual_seed(start + index) for index in range(20)]
@@ -230,7 +263,7 @@ def judge_samples(args: argparse.Namespace) -> None:
     images = torch.cat(batches)
     wanted = torch.arange(len(images)) % len(CLASS_NAMES)
     accuracy = (network.classify(images).argmax(1) == wanted).float()
-    reference = read_reference(args.output / "evaluation" / "reference.safetensors")
+    reference = read_reference(evaluation / "reference.safetensors")
     distance = frechet_distance(*gaussian(network(images).numpy()), reference.mean, reference.covariance)
     by_class = {name: round(accuracy[wanted == i].mean().item(), 3) for i, name in enumerate(CLASS_NAMES)}
     print(f"{len(images)} images: class accuracy {accuracy.mean():.4f}, FID {distance:.2f}; {by_class}")
@@ -244,28 +277,41 @@ def judge_samples(args: argparse.Namespace) -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    default_output = ROOT / "xfuser" / "assets" / "tiny-dit"
-    parser.add_argument("--data", type=Path, required=True, help="fashion_mnist.npz (train_images, train_labels, …)")
-    parser.add_argument(
-        "--output", type=Path, default=default_output, help="the pipeline folder (default: %(default)s)"
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="fashion_mnist.npz (train_images, train_labels, …)")
+    add("--model", choices=(WHOLE, "tiny-dit-l"), default=WHOLE, help="default: %(default)s")
+    add("--output", type=Path, help="the pipeline folder (default: the model's in xfuser/assets)")
+    add("--workdir", type=Path, help="checkpoints (default: runs/MODEL)")
+    add("--until", choices=STAGES, default="judge", help="the last stage to run (default: %(default)s)")
+    add(
+        "--parts",
+        type=Path,
+        help="a tiny-dit, whose classifier and autoencoder tiny-dit-l takes (default: the one in the package)",
     )
-    parser.add_argument(
-        "--workdir", type=Path, default=Path("runs/tiny-dit"), help="checkpoints (default: %(default)s)"
-    )
-    parser.add_argument("--until", choices=STAGES, default="judge", help="the last stage to run (default: %(default)s)")
-    parser.add_argument("--classifier", type=Path, help="weights of a trained classifier, in place of training one")
-    parser.add_argument("--classifier_steps", type=int, default=3000, help="batches (default: %(default)s)")
-    parser.add_argument("--autoencoder_steps", type=int, default=3000, help="batches (default: %(default)s)")
-    parser.add_argument("--transformer_steps", type=int, default=4000, help="batches (default: %(default)s)")
-    parser.add_argument("--judged", type=int, default=500, help="images to judge (default: %(default)s)")
-    parser.add_argument("--grid", type=Path, default=ROOT / "docs" / "images" / "tiny_dit_samples.png")
-    parser.add_argument("--batch_size", type=int, default=64, help="images a batch (default: %(default)s)")
+    add("--classifier", type=Path, help="weights of a trained classifier, in place of training one")
+    add_start_argument(parser)
+    add("--classifier_steps", type=int, default=3000, help="batches (default: %(default)s)")
+    add("--autoencoder_steps", type=int, default=3000, help="batches (default: %(default)s)")
+    add("--transformer_steps", type=int, default=4000, help="batches (default: %(default)s)")
+    add("--minutes", type=float, help="wall-clock minutes after which each stage of this run ends (default: no limit)")
+    add("--judged", type=int, default=500, help="images to judge (default: %(default)s)")
+    add("--grid", type=Path, help="picture of some of them (default: docs/images/MODEL_samples.png)")
+    add("--batch_size", type=int, default=64, help="images a batch (default: %(default)s)")
     add_run_arguments(parser)
     args = settled(parser)
+    args.output = args.output or ASSETS / args.model
+    args.workdir = args.workdir or Path("runs") / args.model
+    args.grid = args.grid or ROOT / "docs" / "images" / f"{args.model.replace('-', '_')}_samples.png"
+    if args.model == WHOLE and args.parts:
+        parser.error(f"--parts: {WHOLE} has all parts of its own; leave it out, or choose --model tiny-dit-l")
+    if args.model != WHOLE:
+        args.parts = args.parts or ASSETS / WHOLE
     if args.classifier and not args.classifier.is_file():
         parser.error(f"--classifier: no file {args.classifier}")
+    if args.parts and not (args.parts / INDEX).is_file():
+        parser.error(f"--parts {args.parts}: expected a tiny-dit ({INDEX}); name one")
     kept = {"seed": args.seed, "checkpoint_every": args.checkpoint_every, "batch_size": args.batch_size}
-    args.plan = partial(Plan, args.workdir, **kept)
+    args.plan = partial(Plan, args.workdir, minutes=args.minutes, **kept)
     return args
 
 
@@ -276,8 +322,8 @@ def main() -> None:
     judge = train_classifier(args)
     if last >= 1:
         vae = train_autoencoder(args, judge)
-        normalise_latents(vae, encode_images(vae, load_images(args.data, "train")[0][::7]))
-        report_reconstructions(args, judge, vae)
+        if not args.parts:
+            report_reconstructions(args, judge, vae)
     if last >= 2:
         dit = train_transformer(args, judge, vae)
     if last >= 3:

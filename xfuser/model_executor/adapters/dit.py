@@ -25,6 +25,10 @@ TINY = KnownModel(
     },
     thresholds={"Fast": 0.016, "Tea": 0.06, "Fb": 0.05},
 )
+# The one of twice its depth.
+TINY_DEEP = KnownModel(
+    configuration={**TINY.configuration, "num_layers": 24, "attention_head_dim": 18}, thresholds=TINY.thresholds
+)
 
 
 def modulated_input(block: nn.Module, arguments: Mapping[str, Any]) -> torch.Tensor:
@@ -57,6 +61,21 @@ def build_small(seed: int = 0, layers: int = 4) -> DiTPipeline:
     return pipeline
 
 
+def tiny(name: str, known: KnownModel, made_by: str = "") -> ModelType:
+    """Describe a small model that comes with the package, and is judged by the classifier that does."""
+    return ModelType(
+        SPEC.transformer_class,
+        ("DiTPipeline",),
+        lambda: shipped(name),
+        "label",
+        1.5,
+        known.thresholds,
+        evaluated=True,
+        configuration=known.configuration,
+        made_by=made_by,
+    )
+
+
 SPEC = ModelSpec(
     transformer_class="DiTTransformer2DModel",
     groups=(BlockGroup("transformer_blocks", self_attention=("attn1",)),),
@@ -65,7 +84,7 @@ SPEC = ModelSpec(
     per_image=("hidden_states", "timestep", "class_labels"),
     tail_needs=("norm1.emb",),
     thresholds=THRESHOLDS,
-    known_models=(TINY,),
+    known_models=(TINY, TINY_DEEP),
 )
 
 FAMILY = Family(
@@ -80,16 +99,8 @@ FAMILY = Family(
         )
     },
     types={
-        "tiny-dit": ModelType(
-            SPEC.transformer_class,
-            ("DiTPipeline",),
-            lambda: shipped("tiny-dit"),
-            "label",
-            1.5,
-            TINY.thresholds,
-            evaluated=True,
-            configuration=TINY.configuration,
-        ),
+        "tiny-dit": tiny("tiny-dit", TINY),
+        "tiny-dit-l": tiny("tiny-dit-l", TINY_DEEP, "scripts/train_tiny_dit.py --model tiny-dit-l"),
         "dit": ModelType(SPEC.transformer_class, ("DiTPipeline",), "facebook/DiT-XL-2-256", "label", 1.5, THRESHOLDS),
     },
 )

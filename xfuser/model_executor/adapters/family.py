@@ -44,6 +44,7 @@ class ModelType:
         unpublished: Why there is nothing to load where no model is named, if that is so.
         true_cfg: Whether guidance by a negative prompt has a scale of its own, ``true_cfg_scale``.
         module: Where the pipeline classes are.
+        made_by: What trains it, where that is not the script of its own name.
     """
 
     transformer_class: str
@@ -64,6 +65,7 @@ class ModelType:
     preset: bool = False
     unpublished: str = ""
     module: str = "diffusers"
+    made_by: str = ""
 
     @property
     def pipeline_classes(self) -> tuple[type[DiffusionPipeline], ...]:

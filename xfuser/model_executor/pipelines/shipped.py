@@ -43,7 +43,7 @@ def own_model(model_type: str) -> Path | str | None:
     folder = spec.default()
     if (folder / INDEX).is_file():
         return folder
-    script = f"scripts/train_{model_type.replace('-', '_')}.py"
+    script = spec.made_by or f"scripts/train_{model_type.replace('-', '_')}.py"
     here = ", ".join(shipped_models()) or "none"
     raise ValueError(
         f"{model_type} is not in this installation; train it with {script}, and name its folder with --model, or "
