@@ -5,7 +5,8 @@ images, so that its interval comes from leaving out each image in turn.
 
 The Fréchet distance needs one correction. A resample repeats images, so its distance is too large, and near zero a
 plain percentile interval lies wholly above the value measured. The replicates of a distance or of a ratio of distances
-are therefore scaled so that their median is that value; the interval is then of the distance at N images.
+are therefore scaled so that their median is that value; the interval is then of the distance at N images, and 0 where
+the sets do not differ.
 """
 
 from __future__ import annotations
@@ -161,7 +162,7 @@ def _interval(
     middle = float(np.quantile(replicates, 0.5, method="lower"))
     low = float(np.quantile(replicates, (1 - level) / 2, method="lower"))
     high = float(np.quantile(replicates, (1 + level) / 2, method="higher"))
-    if scaled and 0.0 < middle < math.inf and 0.0 < value < math.inf:
+    if scaled and 0.0 < middle < math.inf and 0.0 <= value < math.inf:
         low, high = low * value / middle, high * value / middle
     return Interval(value, low, high)
 

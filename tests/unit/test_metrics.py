@@ -242,6 +242,12 @@ def test_frechet_interval_holds_its_value(rng: np.random.Generator, shift: float
     assert narrow.high - narrow.low < wide.high - wide.low
 
 
+def test_images_that_do_not_differ_have_a_distance_of_zero_for_certain(rng: np.random.Generator) -> None:
+    features = rng.normal(size=(64, 16))
+    interval = frechet_interval(features, *gaussian(features), rounds=20)
+    assert (interval.value, interval.low, interval.high) == (0, 0, 0)
+
+
 def test_paired_ratio_ranks_two_sets(rng: np.random.Generator) -> None:
     reference = rng.normal(size=(256, 16))
     noise = rng.normal(size=(256, 16))
