@@ -82,7 +82,7 @@ class TrajectoryEngine:
         self._key = ""
         self._refused: dict[str, ValueError] = {}
         self._unlearnable: dict[str, str] = {}
-        self.loops = 0
+        self.loops = 0  # of the scheduler, that the call has begun
         self._weights: dict[str, dict[str, Any]] = {}
         self.generations = self.learned_generations = 0
         self.attachment = self._attach(above_blocks)
@@ -324,8 +324,9 @@ class TrajectoryEngine:
             if self.agreement.group is not None:
                 raise  # the others wait in what this rank has left
             # Whatever a pipeline makes of skipped steps: its image is there, and exact.
-            self._unlearnable[self._key] = f"when it was called again to learn from: {type(error).__name__}: {error}"
+            self._unlearnable[self._key] = f"when it was called again to learn from: {one_line(error)}"
             self._say(f"nothing is learned of this kind of call; it is evaluated in full ({one_line(error)})")
+            logger.debug("trajectory: the replay failed", exc_info=True)
             return
         self.keep(learned)
         self.learned_generations += 1

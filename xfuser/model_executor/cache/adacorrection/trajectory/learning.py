@@ -126,7 +126,7 @@ class Learner:
         return None
 
     def _ends_early(self, steps: int) -> bool:
-        """Whether a pipeline itself leaves out the last steps of the grid: all do one, and those that are asked to."""
+        """Whether the pipeline itself leaves out the grid's last steps: some always one, some as many as asked for."""
         pipeline = self._engine.pipeline
         if getattr(pipeline, "interrupt", False):
             return False
